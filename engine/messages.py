@@ -1,0 +1,192 @@
+"""What passes between a front and an engine: one batch of commands in, one ``StepOutput`` out a step.
+
+Everything is absolute and idempotent (a credit is "up to", a finish is "at"), so that a repeated or a
+late message does no harm. Encoded with msgspec's MessagePack when the engine is a process of its own.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from tidegate.engine.request import FinishReason, Request, Violation
+
+
+class Submit(msgspec.Struct, tag="submit"):
+    """Run this request. Its id must be new to the engine."""
+
+    request: Request
+
+
+class Limit(msgspec.Struct, tag="limit"):
+    """Every choice of the request may have produced up to ``emit_upto`` tokens; the larger wins."""
+
+    request_id: str
+    emit_upto: int
+
+
+class Finish(msgspec.Struct, tag="finish"):
+    """The front ended a choice at output offset ``at_offset``: later tokens do not exist.
+
+    ``choice`` None ends all choices that still run, each where it stands.
+    """
+
+    request_id: str
+    reason: FinishReason
+    choice: int | None = None
+    at_offset: int | None = None
+
+
+Command = Submit | Limit | Finish
+
+
+class Logprob(msgspec.Struct, array_like=True):
+    """The natural logarithm of one token's probability under the model's unfiltered logits."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 is the most likely."""
+
+
+class PositionLogprobs(msgspec.Struct, array_like=True):
+    chosen: Logprob
+    top: list[Logprob]
+    """The most likely first; as many as were asked for."""
+
+
+class Admitted(msgspec.Struct, array_like=True):
+    """The first choice of a request got its blocks; ``cached_*`` prompt tokens need no compute."""
+
+    request_id: str
+    cached_device_tokens: int
+    cached_host_tokens: int
+
+
+class Delta(msgspec.Struct, array_like=True):
+    """New tokens of one choice; ``offset`` is the output offset of the first."""
+
+    request_id: str
+    choice: int
+    offset: int
+    token_ids: list[int]
+    logprobs: list[PositionLogprobs] | None = None
+
+
+class ProgressKind(StrEnum):
+    STALLED = "stalled"
+    """No credit: it left the batch, its KV is still on the device."""
+    PREEMPTED = "preempted"
+    """Its device memory went to others; it comes back by itself."""
+    PARKED = "parked"
+    """Without credit for longer than the grace, and all its KV is in the host tier."""
+    RESUMED = "resumed"
+    DROPPED = "dropped"
+    """Its KV was given up for room: it will be computed again on return."""
+
+
+class Progress(msgspec.Struct, array_like=True):
+    request_id: str
+    choice: int
+    kind: ProgressKind
+
+
+class Usage(msgspec.Struct, array_like=True):
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    recomputed_tokens: int
+    preemptions: int
+
+
+class Timings(msgspec.Struct, array_like=True):
+    """Seconds."""
+
+    queued: float
+    to_first_token: float | None
+    total: float
+
+
+class Finished(msgspec.Struct, array_like=True):
+    """A choice ended and holds no block of its own any more. The last word about it.
+
+    ``error`` is an UPPER_SNAKE reason when ``reason`` is ``ERROR``.
+    """
+
+    request_id: str
+    choice: int
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    error: str | None = None
+
+
+class Refused(msgspec.Struct, array_like=True):
+    """The request was not accepted: nothing of it ran."""
+
+    request_id: str
+    violations: list[Violation]
+
+
+class TierStats(msgspec.Struct):
+    """Blocks of one tier. ``total = free + used``; ``reclaimable`` of the used ones can go at once."""
+
+    total: int = 0
+    free: int = 0
+    reclaimable: int = 0
+
+
+class Stats(msgspec.Struct):
+    """Running totals since the engine started, and the present state of queue and tiers."""
+
+    waiting: int = 0
+    running: int = 0
+    stalled: int = 0
+    swapped: int = 0
+    device: TierStats = msgspec.field(default_factory=TierStats)
+    host: TierStats = msgspec.field(default_factory=TierStats)
+    steps: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_host_hit_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions_swap: int = 0
+    preemptions_recompute: int = 0
+    swap_out_bytes: int = 0
+    swap_in_bytes: int = 0
+    parked_dropped: int = 0
+
+
+class StepOutput(msgspec.Struct):
+    """All that one step gives to the front, in the order in which it is to be read."""
+
+    refused: list[Refused] = []
+    admitted: list[Admitted] = []
+    deltas: list[Delta] = []
+    progress: list[Progress] = []
+    finished: list[Finished] = []
+    stats: Stats | None = None
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.refused or self.admitted or self.deltas or self.progress or self.finished or self.stats
+        )
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What a front must know of an engine that is ready to serve."""
+
+    model: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    """Prompt and output together; also what the device tier can hold for one sequence."""
+    eos_token_ids: list[int]
+    block_size: int
+    device_blocks: int
+    host_blocks: int
+    kv_bytes_per_token: int
+    device: str
+    dtype: str
+    load_seconds: dict[str, float]
+    """Where the start went: ``imports``, ``load``, ``pool``, in seconds."""

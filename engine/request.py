@@ -1,0 +1,153 @@
+"""What a request is: its sampling parameters, its content and the reasons for which it ends."""
+
+import math
+from enum import StrEnum
+from typing import NamedTuple
+
+import msgspec
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 256
+MAX_STOP_TOKEN_IDS = 256
+MAX_CHOICES = 64
+MAX_LOGPROBS = 20
+SEED_RANGE = 2**64
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended. Every choice of every accepted request ends with exactly one of these."""
+
+    STOP_TOKEN = "stop_token"
+    STOP_STRING = "stop_string"
+    MAX_TOKENS = "max_tokens"
+    CONTEXT_LENGTH = "context_length"
+    DEADLINE = "deadline"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class Violation(NamedTuple):
+    """One thing that is wrong with a request: the field, and what to do about it."""
+
+    field: str
+    description: str
+
+
+class InvalidRequest(ValueError):
+    """A request that cannot be served as it stands; carries every violation at once."""
+
+    def __init__(self, violations: list[Violation]) -> None:
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        self.violations = violations
+
+
+class SamplingParams(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """How tokens are chosen and when a choice ends.
+
+    The token at a position depends on the request alone (logits, these parameters, ``seed``, the
+    position), never on what else was in the batch.
+
+    Raises ``InvalidRequest`` that lists every field out of range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    """0 is greedy; ties take the lowest token id."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all tokens."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    """In [0, 2**64). None: drawn at random when the request is admitted, and reported back."""
+    max_tokens: int | None = None
+    """None: as many as the context and the device tier hold."""
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False
+    """Whether the text ends with the stop string or stop token that ended it."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """How many of the most likely tokens to report at each position, beside the chosen one."""
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        found = self.violations()
+        if found:
+            raise InvalidRequest(found)
+
+    def violations(self) -> list[Violation]:
+        """Everything that is out of range, in the order of the fields."""
+        checks = (
+            ("n", 1 <= self.n <= MAX_CHOICES, f"must be between 1 and {MAX_CHOICES}"),
+            ("temperature", _within(self.temperature, 0, 100), "must be between 0 and 100; 0 is greedy"),
+            ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "must be 0 (keep all tokens) or positive"),
+            ("min_p", _within(self.min_p, 0, 1), "must be between 0 and 1"),
+            ("presence_penalty", _within(self.presence_penalty, -2, 2), "must be between -2 and 2"),
+            ("frequency_penalty", _within(self.frequency_penalty, -2, 2), "must be between -2 and 2"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 10, "must be above 0 and at most 10"),
+            ("seed", self.seed is None or 0 <= self.seed < SEED_RANGE, "must be between 0 and 2**64 - 1"),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "must be at least 1"),
+            (
+                "min_tokens",
+                0 <= self.min_tokens <= (math.inf if self.max_tokens is None else self.max_tokens),
+                "must be between 0 and max_tokens",
+            ),
+            ("stop", len(self.stop) <= MAX_STOP_STRINGS, f"takes at most {MAX_STOP_STRINGS} strings"),
+            (
+                "stop",
+                all(0 < len(s) <= MAX_STOP_STRING_CHARS for s in self.stop),
+                f"each string must have 1 to {MAX_STOP_STRING_CHARS} characters",
+            ),
+            (
+                "stop_token_ids",
+                len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS and all(t >= 0 for t in self.stop_token_ids),
+                f"takes at most {MAX_STOP_TOKEN_IDS} ids, none negative",
+            ),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+                f"must be between 0 and {MAX_LOGPROBS}",
+            ),
+        )
+        return [Violation(field, text) for field, holds, text in checks if not holds]
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+class Request(msgspec.Struct, kw_only=True):
+    """One admitted request, as the engine sees it: token ids only, every choice resolved.
+
+    ``output_token_ids`` are tokens that were generated before (by an engine that died, or by another
+    replica): generation goes on behind them as if they had been sampled here. With them, ``params.n``
+    is 1.
+    """
+
+    id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    """``params.seed``, or the random one drawn at admission."""
+    sample_index: int = 0
+    """The first choice's index in the noise; choice ``i`` uses ``sample_index + i``."""
+    tenant: str = "local"
+    priority: int = 0
+    """Higher runs first and is preempted last."""
+    emit_upto: int | None = None
+    """Credit: how many output tokens each choice may have produced. None: without limit."""
+    deadline: float | None = None
+    """On the machine's monotonic clock, in seconds."""
+    output_token_ids: list[int] = []
+
+
+def _within(value: float, low: float, high: float) -> bool:
+    """False for NaN too."""
+    return low <= value <= high

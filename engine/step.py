@@ -1,0 +1,88 @@
+"""One step of the engine, as the scheduler plans it and the runner computes it.
+
+The runner keeps one *row* for each resident sequence: its token ids, block table and sampling
+parameters stay there from step to step, so that a plan carries changes only. Everything a plan does
+to rows is applied in step order, behind the step before it: a row may be given to another sequence
+while an earlier step that uses it still runs.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tidegate.engine.messages import PositionLogprobs
+from tidegate.engine.request import SamplingParams
+
+
+@dataclass(slots=True)
+class RowSetup:
+    """A sequence that takes a row: all that the runner keeps of it."""
+
+    row: int
+    token_ids: list[int]
+    """Prompt and confirmed output; positions behind them are written by the sampler."""
+    num_prompt_tokens: int
+    block_ids: list[int]
+    """Device block of each logical block, in order."""
+    params: SamplingParams
+    seed: int
+    sample_index: int
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Positions ``[start, start + count)`` of one row, to be computed in this step.
+
+    A chunk with ``samples`` ends at the last token known: the token at ``start + count`` is sampled
+    from its logits and written to the row, where the next step may read it before it is confirmed.
+    """
+
+    row: int
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class StepPlan:
+    step_id: int
+    chunks: list[Chunk] = field(default_factory=list)
+    """Decodes (``count == 1`` and ``samples``) first."""
+    setups: list[RowSetup] = field(default_factory=list)
+    """Rows that change hands before this step computes."""
+    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    """(row, index in its block table, device block id): growth of rows set up earlier."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step sampled: one entry for each chunk with ``samples``, in plan order."""
+
+    token_ids: list[int]
+    finite: list[bool]
+    """False where the logits held NaN or infinity; that token is meaningless."""
+    logprobs: list[PositionLogprobs | None]
+    """None where the request did not ask for them."""
+    seconds: float
+    """Wall time of the step's computation."""
+
+
+class StepHandle(Protocol):
+    """A step under way."""
+
+    def done(self) -> bool:
+        """Whether ``result`` would return without waiting."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it sampled; raises what the step raised."""
+
+
+class Runner(Protocol):
+    """Computes steps in the order in which they are launched."""
+
+    def launch(self, plan: StepPlan) -> StepHandle: ...
+
+    def close(self) -> None: ...
