@@ -1,0 +1,61 @@
+"""How large the two tiers are where nobody says: from the memory that this process may still take."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tidegate.engine.config import ConfigError, EngineConfig
+
+DEVICE_SHARE = 0.25
+"""Of the memory that is free once the weights are loaded, on the CPU device."""
+HOST_SHARE = 0.40
+HOST_TO_DEVICE = 2
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class TierSizes:
+    """In blocks."""
+
+    device: int
+    host: int
+    max_model_len: int
+    """The longest sequence: what the model allows and the device tier holds."""
+
+
+def headroom(cgroup: Path = CGROUP) -> int:
+    """Bytes that this process may still take: of the machine, or of its container where that is less."""
+    available = int(psutil.virtual_memory().available)
+    limit, current = cgroup / "memory.max", cgroup / "memory.current"
+    if limit.is_file() and current.is_file():
+        text = limit.read_text().strip()
+        if text != "max":
+            available = min(available, int(text) - int(current.read_text()))
+    return max(0, available)
+
+
+def size_tiers(config: EngineConfig, *, block_size: int, block_bytes: int, model_len: int, free: int) -> TierSizes:
+    """``model_len`` is what the model allows, or what was asked for; ``free`` is ``headroom()``.
+
+    Raises ``ConfigError`` where the device tier cannot hold one sequence of ``max_model_len``.
+    """
+    if config.device_kv_tokens is None:
+        most = config.max_num_seqs * -(-model_len // block_size) + 1
+        device = min(int(free * DEVICE_SHARE) // block_bytes, most)
+    else:
+        device = config.device_kv_tokens // block_size
+    if config.host_kv_tokens is None:
+        host = min(HOST_TO_DEVICE * device, int(free * HOST_SHARE) // block_bytes)
+    else:
+        host = config.host_kv_tokens // block_size
+    # A block more than one sequence needs, so that the longest one never waits for its own tail.
+    longest = (device - 1) * block_size
+    if longest < min(config.max_model_len or 0, model_len) or longest < 2:
+        raise ConfigError(
+            f"device_kv_tokens: the device tier holds {max(0, longest)} tokens of one sequence and a block of "
+            f"{block_size} to spare, less than max_model_len {config.max_model_len or 2}; "
+            "raise the one or lower the other"
+        )
+    return TierSizes(device=device, host=host, max_model_len=min(model_len, longest))
