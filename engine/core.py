@@ -1,0 +1,98 @@
+"""The engine's heartbeat: plan a step, launch it, collect the oldest one.
+
+The whole engine is on this page; each word of it has a room of its own. Where ``depth`` is 2 a step is
+planned while the one before it still computes, so a plan never knows the tokens of the step before.
+"""
+
+import time
+from collections import deque
+
+from tidegate.engine.memory.copies import Transfer
+from tidegate.engine.messages import Command, EngineInfo, Finish, Limit, Stats, StepOutput, Submit
+from tidegate.engine.scheduler import ScheduledStep, Scheduler
+from tidegate.engine.step import Runner, StepHandle
+
+COPY_WAIT = 0.005
+"""Seconds to wait for copies when nothing else can go on; commands are looked at in between."""
+STATS_INTERVAL = 0.25
+"""Seconds between two reports of the totals while there is work."""
+
+
+class EngineCore:
+    """One engine. Calls come from one thread; ``step`` never waits longer than for one step."""
+
+    def __init__(
+        self, info: EngineInfo, scheduler: Scheduler, runner: Runner, transfer: Transfer, depth: int
+    ) -> None:
+        self.info = info
+        self.scheduler = scheduler
+        self._runner = runner
+        self._transfer = transfer
+        self._depth = depth
+        self._in_flight: deque[tuple[ScheduledStep, StepHandle]] = deque()
+        self._stats_due = 0.0
+
+    def handle(self, command: Command) -> None:
+        """Apply a command; what it changes shows in the next step."""
+        match command:
+            case Submit():
+                self.scheduler.submit(command)
+            case Limit():
+                self.scheduler.limit(command)
+            case Finish():
+                self.scheduler.finish(command)
+
+    def step(self) -> StepOutput:
+        """One beat: what it returns may be empty."""
+        planned = self.scheduler.plan()
+        if planned is not None:
+            self._in_flight.append((planned, self._runner.launch(planned.plan)))
+        if len(self._in_flight) >= self._depth or (planned is None and self._in_flight):
+            self._collect()
+        elif planned is None:
+            self._wait_or_shed()
+        return self._say()
+
+    def _collect(self) -> None:
+        planned, handle = self._in_flight.popleft()
+        try:
+            result = handle.result()
+        except Exception as error:
+            # Whatever the model or the device raised: the scheduler retries, then ends the requests.
+            self.scheduler.fail(planned, error)
+        else:
+            self.scheduler.apply(planned, result)
+
+    def _wait_or_shed(self) -> None:
+        if self.scheduler.is_copying:
+            self._transfer.wait(COPY_WAIT)
+        elif self.scheduler.is_stuck:
+            self.scheduler.shed()
+
+    def _say(self) -> StepOutput:
+        out = self.scheduler.take_output()
+        now = time.monotonic()
+        if out and (now >= self._stats_due or not self.has_work()):
+            self._stats_due = now + STATS_INTERVAL
+            out.stats = self.stats()
+        return out
+
+    def has_work(self) -> bool:
+        """Whether ``step`` would do something now, without a command or a timer."""
+        return bool(self._in_flight) or self.scheduler.has_work
+
+    def next_deadline(self) -> float | None:
+        """The monotonic time of the next timer: a deadline, or the end of a grace."""
+        return self.scheduler.next_timer()
+
+    def stats(self) -> Stats:
+        return self.scheduler.snapshot()
+
+    def check_integrity(self) -> None:
+        """Raises ``RuntimeError`` where anything does not add up."""
+        self.scheduler.check_integrity()
+
+    def close(self) -> None:
+        """Give back the threads; requests that still run are dropped without a word."""
+        self._runner.close()
+        self._transfer.close()

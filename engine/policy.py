@@ -1,0 +1,73 @@
+"""Whom to admit, whom to preempt, and how: pure functions over plain numbers.
+
+Nothing here holds state or knows a sequence, so that each rule can be simulated, ablated and read on
+its own. Scheduler and core supply the numbers.
+"""
+
+from typing import NamedTuple
+
+RECOMPUTE_BIAS = 0.25
+"""How much dearer than recomputing a swap may look and still be chosen: recomputing slows all others."""
+
+GROWTH_HORIZON = 32
+"""Tokens each running sequence is expected to add before room has to be found again."""
+
+IMMUNE_STEPS = 16
+"""Steps during which a sequence that just came back is the last of its priority to be preempted."""
+
+
+class Candidate(NamedTuple):
+    """A sequence that holds device blocks, as victim choice sees it."""
+
+    stalled: bool
+    """It has no credit: nothing waits for its next token."""
+    priority: int
+    immune: bool
+    arrival: int
+    """Counts up: the larger, the later it came."""
+
+
+def victim_rank(candidate: Candidate) -> tuple[bool, int, bool, int]:
+    """The lowest goes first: the stalled, then low priority, then those not just back, then the latest.
+
+    The last rule makes progress certain: the oldest of the highest priority is never preempted for
+    anybody, so it ends, and then the next one is the oldest.
+    """
+    return (not candidate.stalled, candidate.priority, candidate.immune, -candidate.arrival)
+
+
+def may_displace(taker: Candidate, victim: Candidate) -> bool:
+    """Whether ``victim`` may lose its blocks so that ``taker``, which runs already, can go on."""
+    return victim.stalled or (victim.priority, -victim.arrival) < (taker.priority, -taker.arrival)
+
+
+def growth_reserve(num_running: int, block_size: int) -> int:
+    """Blocks that the running sequences will want soon; room that a newcomer must leave to them."""
+    return -(-num_running * GROWTH_HORIZON // block_size)
+
+
+class Costs(NamedTuple):
+    """What bringing a preempted sequence back would take, in seconds, either way."""
+
+    swap: float
+    recompute: float
+
+    @property
+    def prefers_swap(self) -> bool:
+        return self.swap < self.recompute * (1 + RECOMPUTE_BIAS)
+
+
+def preemption_costs(
+    *,
+    bytes_out: int,
+    bytes_in: int,
+    queued_bytes: int,
+    bytes_per_second: float,
+    tokens: int,
+    tokens_per_second: float,
+) -> Costs:
+    """Swap: what must be written now and read later, behind what is queued. Recompute: the tokens again."""
+    return Costs(
+        swap=(bytes_out + bytes_in + queued_bytes) / bytes_per_second,
+        recompute=tokens / tokens_per_second,
+    )

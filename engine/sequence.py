@@ -1,0 +1,124 @@
+"""One choice of one request on its way through the engine: what is known, computed and under way.
+
+Positions of a sequence, as half-open intervals::
+
+    [0, table.num_tokens)                   KV computed and collected
+    [table.num_tokens, num_scheduled)       under way in launched steps
+    [0, len(tokens))                        tokens known: the prompt and confirmed output
+    [len(tokens), len(tokens) + pending)    tokens that launched steps will sample
+
+``num_scheduled <= len(tokens) + pending`` always; a sequence with one position left to schedule is
+decoding, one with more is in prefill, whether for the first time or again.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from tidegate.engine.memory.tiers import BlockTable
+from tidegate.engine.policy import Candidate
+from tidegate.engine.request import FinishReason, Request
+
+
+class Status(StrEnum):
+    WAITING = "waiting"
+    """In the ready queue, or behind the first choice of its request: never started, or computing again."""
+    RUNNING = "running"
+    """Has a row and resident blocks; they may still be loading."""
+    STALLED = "stalled"
+    """Without credit. Its blocks, if it has any, are still resident."""
+    SWAPPED = "swapped"
+    """Its blocks have left the device, or may; it waits in the ready queue."""
+    PARKED = "parked"
+    """The same, but without credit: it waits for its client."""
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    request: Request
+    choice: int
+    arrival: int
+    arrived_at: float
+    table: BlockTable
+    tokens: list[int]
+    stop_ids: frozenset[int]
+    max_output: int
+    emit_upto: float = math.inf
+    status: Status = Status.WAITING
+    num_scheduled: int = 0
+    pending: int = 0
+    in_flight: int = 0
+    """Launched steps that have not been collected."""
+    generation: int = 0
+    """Results of steps planned under an older generation are dropped."""
+    preempted: bool = False
+    """To be preempted as soon as nothing is in flight for it."""
+    row: int = -1
+    row_blocks: int = -1
+    """How much of the block table the runner's row holds; -1 before the row is set up."""
+    siblings: "list[Sequence]" = field(default_factory=list)
+    """Other choices, until this one has computed the prompt that they share."""
+    num_stalls: int = 0
+    num_cached: int = 0
+    num_preemptions: int = 0
+    num_recomputed: int = 0
+    high_water: int = 0
+    """The furthest that KV was ever computed: anything below it that is computed again is recomputed."""
+    failures: int = 0
+    immune_until: int = 0
+    started_at: float | None = None
+    first_token_at: float | None = None
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_unscheduled(self) -> int:
+        return len(self.tokens) + self.pending - self.num_scheduled
+
+    @property
+    def has_credit(self) -> bool:
+        """Whether the next token may be produced: credit and length allow it."""
+        return self.num_output + self.pending < min(self.emit_upto, self.max_output)
+
+    @property
+    def is_out_of_credit(self) -> bool:
+        """Whether nothing but credit is missing for the next token."""
+        return self.num_output + self.pending >= self.emit_upto
+
+    @property
+    def order(self) -> tuple[int, bool, int]:
+        """Who goes first: high priority, then those that have started, then first come."""
+        return (-self.request.priority, self.started_at is None, self.arrival)
+
+    def candidate(self, step_id: int) -> Candidate:
+        return Candidate(
+            stalled=self.status is Status.STALLED,
+            priority=self.request.priority,
+            immune=step_id < self.immune_until,
+            arrival=self.arrival,
+        )
+
+    def stop_reason(self) -> FinishReason | None:
+        """Whether the last token ends the choice."""
+        params = self.request.params
+        if self.tokens[-1] in self.stop_ids and self.num_output > params.min_tokens:
+            return FinishReason.STOP_TOKEN
+        if self.num_output >= self.max_output:
+            limited = params.max_tokens is not None and self.num_output >= params.max_tokens
+            return FinishReason.MAX_TOKENS if limited else FinishReason.CONTEXT_LENGTH
+        return None
+
+    def rewind(self) -> None:
+        """Go back to what is collected: whatever is under way will be dropped."""
+        self.generation += 1
+        self.num_scheduled = self.table.num_tokens
+        self.pending = 0
+        self.in_flight = 0
+        self.row_blocks = min(self.row_blocks, len(self.table.blocks))

@@ -1,0 +1,160 @@
+"""The engine in a fake world, under faults: every request ends once, with its own tokens, and nothing leaks."""
+
+import random
+
+import pytest
+from world import Faults, World, expected_tokens
+
+from tidegate.engine.messages import Finish, Limit, ProgressKind, Submit
+from tidegate.engine.request import FinishReason, Request, SamplingParams
+
+MAX_STEPS = 20_000
+
+
+class Load:
+    """Requests of one seed, and the book kept about each."""
+
+    def __init__(self, world: World, count: int, *, chaos: float) -> None:
+        self.world = world
+        self.chaos = chaos
+        self.rng = random.Random(world.seed + 1)
+        self.pending = [self._request(i) for i in range(count)]
+        self.requests: dict[str, Request] = {}
+        self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.finished: dict[tuple[str, int], FinishReason] = {}
+        self.errors: dict[tuple[str, int], str | None] = {}
+        self.progress: list[ProgressKind] = []
+        self.credit: dict[str, int] = {}
+
+    def _request(self, number: int) -> Request:
+        rng = self.rng
+        shared = [1 + i % 3 for i in range(rng.choice((0, 4, 8, 9)))]
+        own = [rng.randrange(1, 50) for _ in range(rng.randint(1, 14))]
+        most = self.world.max_model_len - len(shared) - len(own)
+        params = SamplingParams(
+            n=rng.choice((1, 1, 1, 2, 3)),
+            max_tokens=rng.randint(1, min(24, most)),
+            ignore_eos=rng.random() < 0.5,
+        )
+        return Request(
+            id=f"r{number}",
+            prompt_token_ids=shared + own,
+            params=params,
+            seed=rng.randrange(1 << 20),
+            priority=rng.choice((0, 0, 0, 1, 2)),
+            emit_upto=rng.choice((None, None, 0, 3)),
+            deadline=self.world.clock() + rng.random() if rng.random() < self.chaos * 0.1 else None,
+            tenant=rng.choice(("a", "b")),
+        )
+
+    def run(self) -> None:
+        core = self.world.core
+        for _ in range(MAX_STEPS):
+            self._arrive()
+            self._stir()
+            self.world.clock.time += 0.001
+            out = core.step()
+            core.check_integrity()
+            self._take(out)
+            if not self.pending and len(self.finished) == sum(r.params.n for r in self.requests.values()):
+                return
+        raise AssertionError(f"requests never ended: {core.stats()}")
+
+    def _arrive(self) -> None:
+        while self.pending and self.rng.random() < 0.3:
+            request = self.pending.pop()
+            self.requests[request.id] = request
+            if request.emit_upto is not None:
+                self.credit[request.id] = request.emit_upto
+            self.world.core.handle(Submit(request))
+
+    def _stir(self) -> None:
+        """Give credit here and there, and cause trouble as far as chaos goes."""
+        rng, core = self.rng, self.world.core
+        for name in list(self.credit):
+            if rng.random() < 0.03:
+                self.credit[name] += rng.randint(1, 8)
+                core.handle(Limit(name, self.credit[name]))
+        if self.requests and rng.random() < self.chaos * 0.2:
+            name = rng.choice(list(self.requests))
+            match rng.randrange(4):
+                case 0:
+                    core.handle(Finish(name, FinishReason.CANCELLED))
+                case 1:
+                    length = len(self.tokens.get((name, 0), ()))
+                    core.handle(Finish(name, FinishReason.STOP_STRING, 0, rng.randint(0, length)))
+                case _:
+                    core.scheduler.preempt(name)
+
+    def _take(self, out) -> None:
+        assert not out.refused
+        for delta in out.deltas:
+            key = (delta.request_id, delta.choice)
+            assert key not in self.finished, "tokens after the end"
+            tokens = self.tokens.setdefault(key, [])
+            assert delta.offset == len(tokens), "a gap, or tokens twice"
+            tokens.extend(delta.token_ids)
+            assert len(tokens) <= self.credit.get(delta.request_id, 1 << 60), "more than the credit"
+        self.progress += [p.kind for p in out.progress]
+        for done in out.finished:
+            key = (done.request_id, done.choice)
+            assert key not in self.finished, "ended twice"
+            self.finished[key] = done.reason
+            self.errors[key] = done.error
+
+    def check(self) -> None:
+        for (name, choice), reason in self.finished.items():
+            request = self.requests[name]
+            told = self.tokens.get((name, choice), [])
+            wanted = expected_tokens(request, choice, request.params.max_tokens or 0)
+            assert told == wanted[: len(told)], f"{name}/{choice} told other tokens than its own"
+            if reason in (FinishReason.MAX_TOKENS, FinishReason.STOP_TOKEN):
+                assert told == wanted
+        stats = self.world.core.stats()
+        assert stats.device.free + stats.device.reclaimable == stats.device.total, "device blocks leaked"
+        assert stats.host.free + stats.host.reclaimable == stats.host.total, "host blocks leaked"
+        assert not self.world.core.has_work() or self.world.manager.copies_in_flight
+
+
+def settle(world: World) -> None:
+    for _ in range(200):
+        world.core.step()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("preemption", ["auto", "swap", "recompute"])
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_requests_end_with_their_own_tokens_under_pressure(depth, preemption, prefix_caching):
+    """With KV for a fraction of the need, whatever the mode, tokens are those of each request alone."""
+    preempted = 0
+    for seed in range(12):
+        world = World(seed, depth=depth, preemption=preemption, prefix_caching=prefix_caching)
+        load = Load(world, 25, chaos=0.0)
+        load.run()
+        settle(world)
+        load.check()
+        assert set(load.finished.values()) <= {FinishReason.MAX_TOKENS, FinishReason.STOP_TOKEN}
+        preempted += world.core.stats().preemptions_swap + world.core.stats().preemptions_recompute
+    assert preempted > 20, "the load was meant to need preemption"
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+@pytest.mark.parametrize("seed", range(15))
+def test_chaos_breaks_no_request(chunk, seed):
+    """Cancels, stop strings, preemptions, stalls, late and failed copies, failed steps: all end, none leaks."""
+    faults = Faults(copy_fails=0.05, copy_delay=0.6, step_fails=0.01, nonfinite=0.0005)
+    rng = random.Random(seed)
+    world = World(
+        seed,
+        depth=rng.choice((1, 2)),
+        max_step_tokens=chunk,
+        host_blocks=rng.choice((0, 3, 8, 40)),
+        device_blocks=rng.choice((8, 12, 20)),
+        park_grace=rng.choice((0.0, 0.01, 0.2)),
+        preemption=rng.choice(("auto", "swap", "recompute")),
+        faults=faults,
+    )
+    load = Load(world, 40, chaos=0.5)
+    load.run()
+    settle(world)
+    load.check()

@@ -1,0 +1,268 @@
+"""A world in which the real scheduler and block manager run without a model: everything else is fake.
+
+The fake model's key/value content of a position is a hash of the tokens up to it, and its next token a
+hash of that: so one wrong block, anywhere, changes the tokens or is seen when it is read. Time is
+virtual, and all chance comes from one seed.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tidegate.engine.core import EngineCore
+from tidegate.engine.memory.copies import Completion, CopyOp
+from tidegate.engine.memory.prefix import BlockHasher
+from tidegate.engine.memory.tiers import TRANSITIONS, Block, BlockManager, Event, State
+from tidegate.engine.messages import EngineInfo
+from tidegate.engine.request import Request
+from tidegate.engine.scheduler import Limits, Scheduler
+from tidegate.engine.step import RowSetup, StepPlan, StepResult
+
+VOCAB = 50
+EOS = 0
+MASK = (1 << 61) - 1
+POISON = -1
+
+
+def chain(parent: int, token: int) -> int:
+    """The content of the position behind ``parent`` that holds ``token``."""
+    return ((parent * 1_000_003) ^ (token + 7) * 0x9E3779B97F4A7C15) & MASK
+
+
+def sample(context: int, seed: int, index: int) -> int:
+    return (context * 31 + seed * 17 + index * 101) % 9973 % VOCAB
+
+
+def expected_tokens(request: Request, choice: int, limit: int) -> list[int]:
+    """What the fake model says to this request, from the request alone."""
+    context = 0
+    for token in request.prompt_token_ids:
+        context = chain(context, token)
+    output: list[int] = []
+    while len(output) < limit:
+        token = sample(context, request.seed, request.sample_index + choice)
+        output.append(token)
+        if token == EOS and not request.params.ignore_eos:
+            break
+        context = chain(context, token)
+    return output
+
+
+@dataclass
+class Clock:
+    """Virtual seconds."""
+
+    time: float = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+@dataclass
+class Faults:
+    """Probabilities, by event."""
+
+    copy_fails: float = 0.0
+    copy_delay: float = 0.3
+    """That a copy under way does not end at this look."""
+    step_fails: float = 0.0
+    nonfinite: float = 0.0
+
+
+class FakeTiers:
+    """The content of both tiers, and a copy engine that takes its time and its own order."""
+
+    def __init__(self, device: int, host: int, size: int, rng: random.Random, faults: Faults) -> None:
+        self.device = [[POISON] * size for _ in range(device)]
+        self.host = [[POISON] * size for _ in range(host)]
+        self.bytes_per_second = 1e9
+        self.under_way: list[CopyOp] = []
+        self._rng = rng
+        self._faults = faults
+
+    def submit(self, ops: list[CopyOp]) -> None:
+        self.under_way.extend(ops)
+
+    def poll(self) -> list[Completion]:
+        done = []
+        self._rng.shuffle(self.under_way)
+        for op in list(self.under_way):
+            if self._rng.random() < self._faults.copy_delay:
+                continue
+            self.under_way.remove(op)
+            if self._rng.random() < self._faults.copy_fails:
+                self._break(op)
+                done.append(Completion(op.ticket, False))
+                continue
+            self._copy(op)
+            done.append(Completion(op.ticket, True))
+            if self._rng.random() < 0.05:
+                done.append(Completion(op.ticket, True))
+        return done
+
+    def _copy(self, op: CopyOp) -> None:
+        if op.to_host:
+            self.host[op.host_index] = list(self.device[op.device_index])
+        else:
+            self.device[op.device_index] = list(self.host[op.host_index])
+
+    def _break(self, op: CopyOp) -> None:
+        """A failed copy leaves rubbish at its target."""
+        target = self.host[op.host_index] if op.to_host else self.device[op.device_index]
+        target[:] = [POISON] * len(target)
+
+    def wait(self, timeout: float) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Row:
+    setup: RowSetup
+    tokens: list[int]
+    blocks: list[int]
+
+
+@dataclass
+class FakeStep:
+    runner: "FakeRunner"
+    plan: StepPlan
+    outcome: StepResult | Exception | None = None
+
+    def done(self) -> bool:
+        return self.outcome is not None
+
+    def result(self) -> StepResult:
+        self.runner.run_until(self)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        assert self.outcome is not None
+        return self.outcome
+
+
+class FakeRunner:
+    """Computes steps in order, each at some moment between its launch and its collection."""
+
+    def __init__(self, tiers: FakeTiers, size: int, rng: random.Random, faults: Faults) -> None:
+        self._tiers = tiers
+        self._size = size
+        self._rng = rng
+        self._faults = faults
+        self._rows: dict[int, Row] = {}
+        self._queue: list[FakeStep] = []
+
+    def launch(self, plan: StepPlan) -> FakeStep:
+        step = FakeStep(self, plan)
+        self._queue.append(step)
+        if self._rng.random() < 0.5:
+            self.run_until(step)
+        return step
+
+    def run_until(self, step: FakeStep) -> None:
+        while step.outcome is None:
+            first = self._queue.pop(0)
+            first.outcome = self._compute(first.plan)
+
+    def close(self) -> None:
+        pass
+
+    def _compute(self, plan: StepPlan) -> StepResult | Exception:
+        for setup in plan.setups:
+            self._rows[setup.row] = Row(setup, list(setup.token_ids), list(setup.block_ids))
+        for row, index, block in plan.new_blocks:
+            blocks = self._rows[row].blocks
+            del blocks[index:]
+            assert index == len(blocks), "a block table has a hole"
+            blocks.append(block)
+        if self._rng.random() < self._faults.step_fails:
+            return MemoryError("a planned fault")
+        result = StepResult([], [], [], 0.001 * len(plan.chunks))
+        for chunk in plan.chunks:
+            row = self._rows[chunk.row]
+            context = self._read(row, chunk.start)
+            for position in range(chunk.start, chunk.start + chunk.count):
+                context = chain(context, row.tokens[position]) if position < len(row.tokens) else POISON
+                self._tiers.device[row.blocks[position // self._size]][position % self._size] = context
+            if chunk.samples:
+                token = sample(context, row.setup.seed, row.setup.sample_index)
+                finite = self._rng.random() >= self._faults.nonfinite
+                result.token_ids.append(token)
+                result.finite.append(finite)
+                result.logprobs.append(None)
+                del row.tokens[chunk.start + chunk.count :]
+                row.tokens.append(token)
+        return result
+
+    def _read(self, row: Row, length: int) -> int:
+        """All that attention would read, checked position by position."""
+        context = 0
+        for position in range(length):
+            content = self._tiers.device[row.blocks[position // self._size]][position % self._size]
+            if position >= len(row.tokens) or content != chain(context, row.tokens[position]):
+                # Behind a step that failed the next one computes rubbish, and nobody may use it.
+                assert self._faults.step_fails, f"position {position} of row {row.setup.row} is not its own"
+                return POISON
+            context = content
+        return context
+
+
+@dataclass
+class World:
+    """An engine whose model, copies and clock are fake; the rest is what is served with."""
+
+    seed: int
+    device_blocks: int = 16
+    host_blocks: int = 32
+    block_size: int = 4
+    depth: int = 2
+    max_num_seqs: int = 8
+    max_step_tokens: int = 16
+    park_grace: float = 0.05
+    preemption: str = "auto"
+    prefix_caching: bool = True
+    faults: Faults = field(default_factory=Faults)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.clock = Clock()
+        self.transitions: set[tuple[State, Event]] = set()
+        self.tiers = FakeTiers(self.device_blocks, self.host_blocks, self.block_size, self.rng, self.faults)
+        self.manager = BlockManager(
+            block_size=self.block_size,
+            device_blocks=self.device_blocks,
+            host_blocks=self.host_blocks,
+            transfer=self.tiers,
+            hasher=BlockHasher("fake", self.block_size, secret=b"seed") if self.prefix_caching else None,
+            observer=self._observe,
+        )
+        self.max_model_len = (self.device_blocks - 1) * self.block_size
+        self.scheduler = Scheduler(
+            Limits(
+                max_model_len=self.max_model_len,
+                max_num_seqs=self.max_num_seqs,
+                max_step_tokens=self.max_step_tokens,
+                park_grace=self.park_grace,
+                preemption=self.preemption,
+                block_bytes=1024,
+            ),
+            self.manager,
+            eos_token_ids=frozenset({EOS}),
+            bytes_per_second=lambda: self.tiers.bytes_per_second,
+            now=self.clock,
+        )
+        runner = FakeRunner(self.tiers, self.block_size, self.rng, self.faults)
+        info = EngineInfo(
+            "fake", "Fake", VOCAB, self.max_model_len, [EOS], self.block_size, self.device_blocks,
+            self.host_blocks, 256, "fake", "fake", {},
+        )  # fmt: skip
+        self.core = EngineCore(info, self.scheduler, runner, self.tiers, self.depth)
+
+    def _observe(self, block: Block, event: Event, before: State, after: State) -> None:
+        allowed = TRANSITIONS.get((before, event), frozenset())
+        assert after in allowed, f"{before} --{event}--> {after} is not in the table"
+        self.transitions.add((before, event))
+
+
+Hook = Callable[[World, int], None]
