@@ -5,6 +5,7 @@ import time
 import structlog
 import torch
 
+from tidegate.engine.checkpoint import resolve
 from tidegate.engine.config import ConfigError, EngineConfig
 from tidegate.engine.core import EngineCore
 from tidegate.engine.memory.prefix import BlockHasher
@@ -12,7 +13,6 @@ from tidegate.engine.memory.sizing import headroom, size_tiers
 from tidegate.engine.memory.tiers import BlockManager
 from tidegate.engine.memory.transfer import ThreadTransfer
 from tidegate.engine.messages import EngineInfo
-from tidegate.engine.model.checkpoint import resolve
 from tidegate.engine.model.runner import ModelRunner
 from tidegate.engine.model.weights import load_model
 from tidegate.engine.scheduler import Limits, Scheduler
@@ -69,6 +69,7 @@ def build_engine(config: EngineConfig, progress: bool = False) -> EngineCore:
     runner = ModelRunner(
         model,
         device_pool,
+        layout,
         max_rows=config.max_num_seqs,
         max_model_len=sizes.max_model_len,
         eos_token_ids=model.config.eos_token_ids,

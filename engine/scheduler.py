@@ -11,6 +11,7 @@ import time
 from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import structlog
@@ -135,11 +136,16 @@ class Scheduler:
     def finish(self, command: Finish) -> None:
         self._end(command.request_id, command.reason, command.choice, command.at_offset)
 
-    def preempt(self, request_id: str) -> None:
+    def request_ids(self) -> list[str]:
+        """Requests that have not ended, in the order in which they came."""
+        return list(self._requests)
+
+    def preempt(self, request_id: str) -> bool:
         """Take the device blocks of a request that runs, as pressure would; it comes back by itself."""
-        for seq in self._requests.get(request_id, ()):
-            if seq in self._running:
-                self._preempt(seq)
+        running = [seq for seq in self._requests.get(request_id, ()) if seq in self._running]
+        for seq in running:
+            self._preempt(seq)
+        return bool(running)
 
     # One step
 
@@ -206,7 +212,7 @@ class Scheduler:
 
     @property
     def is_stuck(self) -> bool:
-        """After a plan that came to nothing, with no step and no copy under way: nothing can move any more."""
+        """After a plan that came to nothing, with no step and no copy under way: nothing can move."""
         return bool(self._ready or self._running)
 
     def next_timer(self) -> float | None:
@@ -426,8 +432,7 @@ class Scheduler:
         while not self._manager.reserve(seq.table, num_tokens):
             if self._room_on_its_way():
                 return False
-            taker = seq.candidate(self._last_step)
-            victim = self._victim(lambda c: c.arrival != taker.arrival and policy.may_displace(taker, c))
+            victim = self._victim(partial(policy.may_displace, seq.candidate(self._last_step)))
             if victim is None:
                 return False
             self._preempt(victim)

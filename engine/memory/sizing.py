@@ -36,7 +36,9 @@ def headroom(cgroup: Path = CGROUP) -> int:
     return max(0, available)
 
 
-def size_tiers(config: EngineConfig, *, block_size: int, block_bytes: int, model_len: int, free: int) -> TierSizes:
+def size_tiers(
+    config: EngineConfig, *, block_size: int, block_bytes: int, model_len: int, free: int
+) -> TierSizes:
     """``model_len`` is what the model allows, or what was asked for; ``free`` is ``headroom()``.
 
     Raises ``ConfigError`` where the device tier cannot hold one sequence of ``max_model_len``.

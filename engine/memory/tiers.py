@@ -30,7 +30,7 @@ simulation. ``TRANSITIONS`` says what may happen to a block; tests hold every ch
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, KeysView, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -118,7 +118,8 @@ class Block:
     """Set once the block is full and confirmed, and is the one block known under this prefix key."""
     device: Slot | None = None
     host: Slot | None = None
-    holders: "set[BlockTable]" = field(default_factory=set)
+    holders: "dict[BlockTable, None]" = field(default_factory=dict)
+    """A set that keeps its order, so that a run of one seed is the same run every time."""
     resident: int = 0
     """How many of the holders are resident."""
     copy: Copy | None = None
@@ -200,7 +201,7 @@ class BlockManager:
         self._outbox: list[CopyOp] = []
         self._next_ticket = 1
         self._collected = 0
-        self._truncated: set[BlockTable] = set()
+        self._truncated: dict[BlockTable, None] = {}
         # Blocks by what may be taken from them, least recently used first. Kept by ``_settle`` alone.
         self._evictable: OrderedDict[Block, None] = OrderedDict()
         self._evictable_parked: OrderedDict[Block, None] = OrderedDict()
@@ -269,7 +270,7 @@ class BlockManager:
         The caller has asked ``has_room``. Host-only blocks start to load.
         """
         for block in blocks:
-            block.holders.add(table)
+            block.holders[table] = None
         table.blocks.extend(blocks)
         table.num_tokens = len(blocks) * self.block_size
         self.resume(table)
@@ -283,7 +284,7 @@ class BlockManager:
             block = Block()
             with _Transition(self, block, Event.RESERVE):
                 block.device = Slot(self._take_device())
-            block.holders.add(table)
+            block.holders[table] = None
             block.resident = 1
             table.blocks.append(block)
         return True
@@ -329,7 +330,8 @@ class BlockManager:
         The caller has asked ``has_room``. ``is_ready`` turns true when all have arrived.
         """
         table.resident = True
-        for block in table.blocks:
+        # From the tail, so that of the copies that the host still holds the head's are dropped last.
+        for block in reversed(table.blocks):
             block.resident += 1
             self._settle(block)
         for block in table.blocks:
@@ -344,7 +346,7 @@ class BlockManager:
         child = BlockTable(root=table.root, blocks=table.blocks[:shared], keys=table.keys[:shared])
         child.num_tokens = shared * self.block_size
         for block in child.blocks:
-            block.holders.add(child)
+            block.holders[child] = None
         return child
 
     def release(self, table: BlockTable) -> None:
@@ -355,7 +357,7 @@ class BlockManager:
             self._let_go(block, table)
         table.resident = False
         table.loading = 0
-        self._truncated.discard(table)
+        self._truncated.pop(table, None)
 
     def trim(self, table: BlockTable) -> None:
         """Give back what was reserved behind the valid positions, as after a failed step."""
@@ -368,10 +370,10 @@ class BlockManager:
         """Whether giving the table's device slots away would lose nothing."""
         return all(block.device is None or block.is_clean or block.resident > 0 for block in table.blocks)
 
-    def take_truncated(self) -> set[BlockTable]:
+    def take_truncated(self) -> KeysView[BlockTable]:
         """Tables that lost their tail since the last call; ``num_tokens`` says what is left of each."""
-        truncated, self._truncated = self._truncated, set()
-        return truncated
+        truncated, self._truncated = self._truncated, {}
+        return truncated.keys()
 
     # Steps and copies
 
@@ -510,7 +512,7 @@ class BlockManager:
     def _detach(self, block: Block, table: BlockTable) -> None:
         """Take a holder from a block; the caller settles it."""
         self._unlist(block)
-        block.holders.discard(table)
+        block.holders.pop(table, None)
         if table.resident:
             block.resident -= 1
             block.fence = max(block.fence, table.fence)
@@ -527,7 +529,7 @@ class BlockManager:
                 lost.append(gone)
             del table.blocks[keep:]
             table.num_tokens = min(table.num_tokens, keep * self.block_size)
-            self._truncated.add(table)
+            self._truncated[table] = None
         # Only now that every table is consistent again: settling one block may lose another.
         for gone in reversed(lost):
             self._settle(gone)
@@ -572,6 +574,8 @@ class BlockManager:
             if block.failures < MAX_COPY_FAILURES:
                 self._write_back(block, block.device)
             else:
+                # It may live on as a known prefix, whose next holder deserves a try of its own.
+                block.failures = 0
                 self._lose(block)
         elif block.device is not None:
             self._evictable_parked[block] = None
@@ -591,7 +595,7 @@ class BlockManager:
             loading = sum(b.copy is not None and not b.copy.to_host for b in table.blocks)
             _require(table.loading == (loading if table.resident else 0), "a table's loads are miscounted")
         for block in blocks:
-            _require(block.holders == holders.get(block, set()), "a block's holders are miscounted")
+            _require(block.holders.keys() == holders.get(block, set()), "a block's holders are miscounted")
             _require(block.resident == sum(t.resident for t in block.holders), "a resident count is off")
             self._check_lists(block)
         self.device.check_integrity(b.device.index for b in blocks if b.device is not None)

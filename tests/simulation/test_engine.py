@@ -1,4 +1,4 @@
-"""The engine in a fake world, under faults: every request ends once, with its own tokens, and nothing leaks."""
+"""The engine in a fake world: every request ends once, with its own tokens, and nothing leaks."""
 
 import random
 
@@ -141,7 +141,7 @@ def test_requests_end_with_their_own_tokens_under_pressure(depth, preemption, pr
 @pytest.mark.parametrize("chunk", [1, 3, 16])
 @pytest.mark.parametrize("seed", range(15))
 def test_chaos_breaks_no_request(chunk, seed):
-    """Cancels, stop strings, preemptions, stalls, late and failed copies, failed steps: all end, none leaks."""
+    """Cancels, stops, preemptions, stalls, late and failed copies, failed steps: all end, none leaks."""
     faults = Faults(copy_fails=0.05, copy_delay=0.6, step_fails=0.01, nonfinite=0.0005)
     rng = random.Random(seed)
     world = World(

@@ -1,0 +1,166 @@
+"""The block manager under long random runs of its model: seeded, and checked after every rule."""
+
+import os
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+from block_manager_model import BlockManagerModel, Violation, chooser, run_episode, run_random
+
+from tidegate.engine.memory.pool import BlockPool
+from tidegate.engine.memory.tiers import TRANSITIONS, Block, BlockManager, BlockTable
+
+NUM_RULES = int(os.environ.get("BLOCK_MANAGER_RULES", "200000"))
+"""The goal of a release is 10 million, without a violation: a quarter of an hour on an idle core."""
+
+
+@pytest.mark.timeout(120 + NUM_RULES // 500)
+def test_every_row_of_the_transition_table_happens_and_nothing_else_does() -> None:
+    """No rule in a long run breaks an invariant, a slot's content or the table; and no row is idle."""
+    totals = run_random(NUM_RULES)
+
+    rows = {(before, event, after) for (before, event), afters in TRANSITIONS.items() for after in afters}
+    idle = sorted(rows - set(totals.seen))
+    assert not idle, f"rows that never happened: {idle}"
+    assert totals.hits > 0
+    assert totals.truncations > 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_lost_while_copies_succeed_and_the_host_tier_has_room(seed: int) -> None:
+    """Preempted sequences come back with all they had: losing blocks is for full tiers and failures."""
+    rng = random.Random(seed)
+    model = BlockManagerModel(chooser(rng), block_size=2, device_blocks=8, host_blocks=64, copies_fail=False)
+    run_episode(model, rng, f"seed {seed}")
+    assert model.manager.copied_in > 0
+    assert model.truncations == 0
+
+
+# Planted faults: a check that cannot fail proves nothing.
+
+
+def without_fence(patch: pytest.MonkeyPatch) -> None:
+    """A released table's slots are free while its step still runs."""
+    patch.setattr(BlockManager, "launched", lambda self, table, step_id: None)
+
+
+def without_pin(patch: pytest.MonkeyPatch) -> None:
+    """A block that is being written back counts as evictable."""
+    settle = BlockManager._settle
+
+    def unpinned(self: BlockManager, block: Block) -> None:
+        settle(self, block)
+        if block.copy is not None and block.copy.to_host and self._draining.pop(block, block) is None:
+            self._evictable[block] = None
+
+    patch.setattr(BlockManager, "_settle", unpinned)
+
+
+def without_losing(patch: pytest.MonkeyPatch) -> None:
+    """Those who wait for a load that fails are not told."""
+    lose = BlockManager._lose
+
+    def keep(self: BlockManager, block: Block) -> None:
+        if block.device is not None:
+            lose(self, block)
+
+    patch.setattr(BlockManager, "_lose", keep)
+
+
+def with_valid_len_of_a_full_block(patch: pytest.MonkeyPatch) -> None:
+    """A commit counts the last block as full."""
+    commit = BlockManager.commit
+
+    def overstate(self: BlockManager, table: BlockTable, num_tokens: int, token_ids: Sequence[int]) -> None:
+        commit(self, table, num_tokens, token_ids)
+        last = table.blocks[(num_tokens - 1) // self.block_size]
+        if last.device is not None:
+            last.device.valid_len = self.block_size
+
+    patch.setattr(BlockManager, "commit", overstate)
+
+
+def with_stale_valid_len_of_a_write_back(patch: pytest.MonkeyPatch) -> None:
+    """A write-back that ends claims what the device holds by now, not what it copied."""
+    end = BlockManager._end_write_back
+
+    def claim(self: BlockManager, block: Block, copy: object, ok: bool) -> None:
+        end(self, block, copy, ok)  # type: ignore[arg-type]
+        if ok and block.host is not None and block.device is not None:
+            block.host.valid_len = block.device.valid_len
+
+    patch.setattr(BlockManager, "_end_write_back", claim)
+
+
+def with_double_give(patch: pytest.MonkeyPatch) -> None:
+    """A slot goes back to its pool and stays in its block as well."""
+
+    def give_and_keep(self: BlockManager, block: Block) -> None:
+        if block.host is not None:
+            self.host.give(block.host.index)
+
+    patch.setattr(BlockManager, "_give_host", give_and_keep)
+
+
+def with_unguarded_double_give(patch: pytest.MonkeyPatch) -> None:
+    """A slot that a table has let go of is given away twice, and the pool lets it pass."""
+    give = BlockPool.give
+
+    def give_twice(self: BlockPool, index: int) -> None:
+        give(self, index)
+        self._free.append(index)
+
+    patch.setattr(BlockPool, "give", give_twice)
+
+
+def with_hits_up_to_the_last_token(patch: pytest.MonkeyPatch) -> None:
+    """A prompt that is known in full is a hit in full."""
+    find = BlockManager.find_prefix
+    patch.setattr(BlockManager, "find_prefix", lambda self, table, tokens: find(self, table, [*tokens, 0]))
+
+
+def with_tenants_mixed(patch: pytest.MonkeyPatch) -> None:
+    """Everybody's keys grow from one root."""
+    new_table = BlockManager.new_table
+    patch.setattr(BlockManager, "new_table", lambda self, tenant: new_table(self, "everybody"))
+
+
+def with_repeated_reports_taken(patch: pytest.MonkeyPatch) -> None:
+    """A second report of a ticket ends whatever copy its block has under way by then."""
+    owners: dict[int, Block] = {}
+
+    def poll(self: BlockManager) -> None:
+        owners.update(self._copies)
+        for ticket, ok in self._transfer.poll():
+            self._copies.pop(ticket, None)
+            block = owners[ticket]
+            if block.copy is not None:
+                (self._end_write_back if block.copy.to_host else self._end_load)(block, block.copy, ok)
+                self._settle(block)
+
+    patch.setattr(BlockManager, "poll", poll)
+
+
+FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
+    without_fence,
+    without_pin,
+    without_losing,
+    with_valid_len_of_a_full_block,
+    with_stale_valid_len_of_a_write_back,
+    with_double_give,
+    with_unguarded_double_give,
+    with_hits_up_to_the_last_token,
+    with_tenants_mixed,
+    with_repeated_reports_taken,
+]
+
+
+@pytest.mark.parametrize("walk", [True, False], ids=["integrity", "content_alone"])
+@pytest.mark.parametrize("plant", FAULTS)
+def test_a_planted_fault_is_caught(
+    plant: Callable[[pytest.MonkeyPatch], None], walk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the manager's own walk, and by what the slots hold even without it."""
+    plant(monkeypatch)
+    with pytest.raises((Violation, RuntimeError)):
+        run_random(100_000, walk=walk)

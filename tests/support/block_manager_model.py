@@ -1,0 +1,532 @@
+"""A model of everything around the block manager, and an oracle that knows what each slot must hold.
+
+The model plays the scheduler (admits, forks, suspends, resumes, releases), the runner (launches steps,
+computes them some time later, collects them, lets them fail) and the copy engine (``FakeTransfer``). A
+position's content is a number that stands for the tenant and all tokens up to there, as KV does. Each
+rule is one method; ``choose(n)`` makes every decision, so that one model serves a seeded random run and
+hypothesis alike. After every rule ``check`` compares tables, slots and content with what must be.
+"""
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+from fake_transfer import POISON, FakeTransfer
+
+from tidegate.engine.memory.prefix import BlockHasher
+from tidegate.engine.memory.tiers import TRANSITIONS, Block, BlockManager, BlockTable, Event, Slot, State
+
+T = TypeVar("T")
+
+GARBAGE = -2
+"""What a step writes that fails, or that stands on one that failed."""
+
+TENANTS = ("red", "blue")
+NUM_TOKENS = 2
+"""A tiny alphabet, so that prompts often begin alike."""
+MAX_SEQUENCES = 6
+PIPELINE_DEPTH = 2
+
+
+class Violation(AssertionError):
+    """The block manager broke a promise."""
+
+
+def require(holds: bool, text: str) -> None:
+    if not holds:
+        raise Violation(text)
+
+
+def index_of(slot: Slot | None) -> int:
+    if slot is None:
+        raise Violation("a block is not where it has to be")
+    return slot.index
+
+
+@dataclass(eq=False)
+class Sequence:
+    tenant: str
+    table: BlockTable
+    confirmed: int
+    """Tokens that never change: the prompt, and what was sampled from committed steps."""
+    tokens: list[int] = field(default_factory=list)
+    content: list[int] = field(default_factory=list)
+    """Of each position, what its KV must be."""
+    computed: int = 0
+    """What ``table.num_tokens`` should be."""
+    scheduled: int = 0
+    """Positions that launched steps cover: ``scheduled >= computed``."""
+    in_flight: int = 0
+    """Steps in flight that have it."""
+    epoch: int = 0
+    """Raised when a step failed: what was launched before then is void."""
+    spoiled: bool = False
+    """A step has failed, and nobody knows yet: what stands on it is void too."""
+    released: bool = False
+
+    def append(self, token: int) -> None:
+        before = self.content[-1] if self.content else TENANTS.index(self.tenant)
+        self.tokens.append(token)
+        self.content.append(hash((before, token)) & 0xFFFFFFFF)
+
+
+class Chunk(NamedTuple):
+    """Positions ``[start, end)`` of a sequence in a step, and where its table stood when it was launched."""
+
+    sequence: Sequence
+    epoch: int
+    start: int
+    end: int
+    slots: list[int]
+
+    @property
+    def is_void(self) -> bool:
+        return self.sequence.released or self.epoch != self.sequence.epoch
+
+
+@dataclass(eq=False)
+class Step:
+    step_id: int
+    chunks: list[Chunk]
+    fails: bool
+    computed: bool = False
+
+
+Choose = Callable[[int], int]
+
+
+class BlockManagerModel:
+    def __init__(
+        self,
+        choose: Choose,
+        *,
+        block_size: int,
+        device_blocks: int,
+        host_blocks: int,
+        copies_fail: bool = True,
+        walk: bool = True,
+    ) -> None:
+        """``walk`` False leaves out ``check_integrity``: the content oracle has to find faults alone."""
+        self.choose = choose
+        self.block_size = block_size
+        self.copies_fail = copies_fail
+        self.walk = walk
+        self.max_len = (device_blocks - 1) * block_size
+        self.transfer = FakeTransfer(device_blocks, host_blocks, block_size)
+        self.manager = BlockManager(
+            block_size=block_size,
+            device_blocks=device_blocks,
+            host_blocks=host_blocks,
+            transfer=self.transfer,
+            hasher=BlockHasher("model", block_size, secret=b"secret"),
+            observer=self.observe,
+        )
+        self.sequences: list[Sequence] = []
+        self.steps: list[Step] = []
+        self.next_step = 1
+        self.seen: Counter[tuple[State, Event, State]] = Counter()
+        self.hits = 0
+        self.truncations = 0
+        self._used_by_steps: Counter[int] = Counter()
+        self._copying: dict[Block, tuple[int, int]] = {}
+
+    # What there is to choose from
+
+    @property
+    def idle(self) -> list[Sequence]:
+        return [s for s in self.sequences if s.table.resident and not s.in_flight]
+
+    @property
+    def parked(self) -> list[Sequence]:
+        return [s for s in self.sequences if not s.table.resident]
+
+    @property
+    def ready(self) -> list[Sequence]:
+        return [s for s in self.sequences if s.table.is_ready]
+
+    @property
+    def uncomputed(self) -> list[Step]:
+        return [s for s in self.steps if not s.computed]
+
+    # What the manager reports
+
+    def observe(self, block: Block, event: Event, before: State, after: State) -> None:
+        allowed = TRANSITIONS.get((before, event), frozenset())
+        require(after in allowed, f"{before} + {event} → {after} is not in the table")
+        self.seen[before, event, after] += 1
+        if event in (Event.RESERVE, Event.LOAD):
+            self._given_device(block)
+        if event in (Event.LOAD, Event.WRITE_BACK):
+            self._given_copy(block, event)
+        elif event in (Event.EVICT, Event.DROP_HOST, Event.DISCARD):
+            require(block not in self._copying, f"{event} of a block under copy")
+        elif event not in (Event.RESERVE, Event.COMMIT):
+            del self._copying[block]
+
+    def _given_device(self, block: Block) -> None:
+        index = index_of(block.device)
+        require(self._used_by_steps[index] == 0, f"device slot {index} is given away under a step")
+        require(
+            all(index != device for device, _ in self._copying.values()),
+            f"device slot {index} is given away under a copy",
+        )
+        self.transfer.device[index] = [POISON] * self.block_size
+
+    def _given_copy(self, block: Block, event: Event) -> None:
+        require(block not in self._copying, "a second copy of one block")
+        device, host = index_of(block.device), index_of(block.host)
+        require(all(device != d and host != h for d, h in self._copying.values()), "two copies share a slot")
+        if event is Event.WRITE_BACK:
+            require(self._used_by_steps[device] == 0, "a slot is written back under a step")
+            self.transfer.host[host] = [POISON] * self.block_size
+        self._copying[block] = (device, host)
+
+    # Rules: what a scheduler does
+
+    def admit(self) -> None:
+        """A new sequence: what is known of its prompt, and room for a first chunk."""
+        tenant = TENANTS[self.choose(len(TENANTS))]
+        tokens: list[int] = []
+        if self.sequences and self.choose(2):
+            tokens += self._pick(self.sequences).tokens
+        tokens += [self.choose(NUM_TOKENS) for _ in range(1 + self.choose(3 * self.block_size))]
+        self._start(tenant, tokens[: self.max_len], self.manager.new_table(tenant))
+
+    def _start(self, tenant: str, tokens: list[int], table: BlockTable) -> None:
+        manager = self.manager
+        sequence = Sequence(tenant, table, len(tokens))
+        for token in tokens:
+            sequence.append(token)
+        found = manager.find_prefix(table, tokens)
+        cached = len(found) * self.block_size
+        require(cached < len(tokens), "a hit covers the last token")
+        end = min(len(tokens), cached + 1 + self.choose(2 * self.block_size))
+        if not manager.has_room(found, manager.blocks_for(end) - len(found)):
+            return
+        manager.adopt(table, found)
+        self.sequences.append(sequence)
+        sequence.computed = sequence.scheduled = cached
+        self.hits += len(found)
+        require(manager.reserve(table, end), "there was room, and now there is none")
+
+    def fork(self) -> None:
+        """A branch of a sequence: its full blocks up to somewhere, then tokens of its own."""
+        parent = self._pick(self.sequences)
+        table = self.manager.fork(parent.table, self.choose(parent.computed + 2 * self.block_size))
+        child = Sequence(parent.tenant, table, table.num_tokens + 1)
+        require(table.num_tokens % self.block_size == 0, "a fork shares part of a block")
+        for token in [*parent.tokens[: table.num_tokens], self.choose(NUM_TOKENS)]:
+            child.append(token)
+        child.computed = child.scheduled = table.num_tokens
+        self.sequences.append(child)
+
+    def suspend(self) -> None:
+        """A sequence leaves the device, loading or not, but never with a step of its own in flight."""
+        self._suspend(self._pick(self.idle))
+
+    def _suspend(self, sequence: Sequence) -> None:
+        self.manager.suspend(sequence.table)
+        sequence.scheduled = sequence.computed
+
+    def resume(self) -> None:
+        """A sequence comes back, if there is room for it."""
+        table = self._pick(self.parked).table
+        if self.manager.has_room(table.blocks, self.choose(2)):
+            self.manager.resume(table)
+
+    def release(self) -> None:
+        """The end of a sequence, at any moment."""
+        self._release(self._pick(self.sequences))
+
+    def recompute(self) -> None:
+        """Preemption by recomputing: the blocks go, the sequence starts over with what is still known."""
+        sequence = self._pick(self.sequences)
+        self._release(sequence)
+        self._start(sequence.tenant, sequence.tokens[: sequence.confirmed], sequence.table)
+
+    def _release(self, sequence: Sequence) -> None:
+        sequence.released = True
+        self.sequences.remove(sequence)
+        self.manager.release(sequence.table)
+
+    # Rules: what a runner does
+
+    def launch(self) -> None:
+        """A step over some of the ready sequences; a failed reservation leaves one out."""
+        chunks = []
+        for sequence in [s for s in self.ready if self.choose(3)]:
+            start = sequence.scheduled
+            end = min(start + 1 + self.choose(2 * self.block_size), self.max_len)
+            if start < end and self._reserve(sequence.table, end):
+                while len(sequence.tokens) < end:
+                    sequence.append(self.choose(NUM_TOKENS))
+                self.manager.launched(sequence.table, self.next_step)
+                slots = self._slots(sequence.table)
+                self._used_by_steps.update(slots)
+                chunks.append(Chunk(sequence, sequence.epoch, start, end, slots))
+                sequence.scheduled = end
+                sequence.in_flight += 1
+        if chunks:
+            self.steps.append(Step(self.next_step, chunks, fails=self.choose(8) == 0))
+            self.next_step += 1
+
+    def _reserve(self, table: BlockTable, num_tokens: int) -> bool:
+        missing = self.manager.blocks_for(num_tokens) - len(table.blocks)
+        fits, before = missing <= self.manager.num_available, len(table.blocks)
+        reserved = self.manager.reserve(table, num_tokens)
+        require(reserved == fits, "a reservation contradicts the room there was")
+        require(len(table.blocks) == before + (max(missing, 0) if fits else 0), "a reservation is off")
+        return reserved
+
+    def _slots(self, table: BlockTable) -> list[int]:
+        return [index_of(block.device) for block in table.blocks]
+
+    def compute(self) -> None:
+        """The oldest step that has not computed yet reads what lies before its chunks, and writes them."""
+        self._compute(self.uncomputed[0])
+
+    def _compute(self, step: Step) -> None:
+        step.computed = True
+        for chunk in step.chunks:
+            content = chunk.sequence.content
+            # Of a released sequence too: its slots are fenced, so nobody has touched them.
+            current = chunk.epoch == chunk.sequence.epoch
+            chunk.sequence.spoiled |= step.fails and current
+            sound = current and not chunk.sequence.spoiled
+            if sound:
+                require(self._read(chunk.slots, chunk.start) == content[: chunk.start], "a step read garbage")
+            for position in range(chunk.start, chunk.end):
+                slot = self.transfer.device[chunk.slots[position // self.block_size]]
+                slot[position % self.block_size] = content[position] if sound else GARBAGE
+
+    def _read(self, slots: list[int], end: int) -> list[int]:
+        return [value for slot in slots for value in self.transfer.device[slot]][:end]
+
+    def collect(self) -> None:
+        """The oldest step ends. One that failed is not committed: its sequences are trimmed."""
+        step = self.steps.pop(0)
+        if not step.computed:
+            self._compute(step)
+        for chunk in step.chunks:
+            self._used_by_steps.subtract(chunk.slots)
+            chunk.sequence.in_flight -= 1
+        collected_first = self.choose(2)
+        if collected_first:
+            self.manager.collected(step.step_id)
+        for chunk in step.chunks:
+            if not chunk.is_void:
+                self._settle(chunk, failed=step.fails)
+        if not collected_first:
+            self.manager.collected(step.step_id)
+
+    def _settle(self, chunk: Chunk, *, failed: bool) -> None:
+        sequence = chunk.sequence
+        if failed:
+            sequence.epoch += 1
+            sequence.spoiled = False
+            sequence.scheduled = sequence.computed
+            # What the step would have sampled is not known: it may turn out otherwise next time.
+            del sequence.tokens[sequence.confirmed :], sequence.content[sequence.confirmed :]
+            self.manager.trim(sequence.table)
+        else:
+            self.manager.commit(sequence.table, chunk.end, sequence.tokens[: chunk.end])
+            sequence.computed = chunk.end
+            sequence.confirmed = max(sequence.confirmed, chunk.end)
+
+    def run_step(self) -> None:
+        """A step from beginning to end, with nothing in between."""
+        self.launch()
+        while self.steps:
+            self.collect()
+
+    # Rules: what a copy engine does
+
+    def flush(self) -> None:
+        self.manager.flush()
+
+    def poll(self) -> None:
+        self.manager.poll()
+
+    def advance_copy(self) -> None:
+        """Some more of a copy arrives."""
+        ticket = self._pick(list(self.transfer.under_way))
+        self.transfer.advance(ticket, 1 + self.choose(self.block_size))
+
+    def finish_copy(self) -> None:
+        """Any copy under way ends, whatever was submitted before it."""
+        self.transfer.finish(self._pick(list(self.transfer.under_way)), ok=True)
+
+    def fail_copy(self) -> None:
+        self.transfer.finish(self._pick(list(self.transfer.under_way)), ok=False)
+
+    def report_again(self) -> None:
+        """A copy that ended long ago is reported once more."""
+        self.transfer.report_again(self._pick(self.transfer.ended), ok=bool(self.choose(2)))
+
+    def copy_all(self) -> None:
+        """All copies that are ordered end, in order and well."""
+        self.manager.flush()
+        for ticket in list(self.transfer.under_way):
+            self.transfer.finish(ticket, ok=True)
+        self.manager.poll()
+
+    # Rules: a moment of calm
+
+    def quiesce(self) -> None:
+        """Everything under way ends: then no slot may be left on its way to somewhere."""
+        while self.steps:
+            self.collect()
+        manager = self.manager
+        for _ in range(manager.device.num_blocks + manager.host.num_blocks):
+            self.copy_all()
+        require(manager.copies_in_flight == 0, "there is always one more copy")
+        require(manager.num_draining == 0, "a slot drains for ever")
+        kept = {b for s in self.sequences for b in s.table.blocks if s.table.resident}
+        require(manager.num_available == manager.device.num_blocks - len(kept), "a device slot is nobody's")
+
+    def park_all(self) -> None:
+        """Everybody leaves: then the whole device is to be had, and each sequence alone fits again."""
+        self.quiesce()
+        for sequence in self.sequences:
+            if sequence.table.resident:
+                self._suspend(sequence)
+        self.quiesce()
+        for sequence in self.sequences:
+            require(self.manager.has_room(sequence.table.blocks, 1), "a parked sequence cannot come back")
+
+    def finish(self) -> None:
+        """Everything is over: both tiers are whole again."""
+        for sequence in list(self.sequences):
+            self._release(sequence)
+        self.quiesce()
+        self.check()
+        manager = self.manager
+        require(manager.num_available == manager.device.num_blocks, "device slots leaked")
+        require(manager.num_host_available == manager.host.num_blocks, "host slots leaked")
+
+    # The oracle
+
+    def check(self) -> None:
+        self._check_truncated()
+        if self.walk:
+            self.manager.check_integrity(s.table for s in self.sequences)
+        for sequence in self.sequences:
+            self._check_content(sequence)
+
+    def _check_truncated(self) -> None:
+        truncated = self.manager.take_truncated()
+        for sequence in self.sequences:
+            table = sequence.table
+            if table in truncated:
+                truncated.remove(table)
+                require(table.num_tokens < sequence.computed, "a table is truncated and has lost nothing")
+                require(table.num_tokens == len(table.blocks) * self.block_size, "half a block is left")
+                require(not sequence.in_flight, "a running sequence lost blocks")
+                sequence.computed = sequence.scheduled = table.num_tokens
+                self.truncations += 1
+            require(table.num_tokens == sequence.computed, "tokens came or went in silence")
+        require(not truncated, "a table that is over counts as truncated")
+
+    def _check_content(self, sequence: Sequence) -> None:
+        """Each slot of a table holds what it claims to, up to its ``valid_len``; a ready table all."""
+        size, table, transfer = self.block_size, sequence.table, self.transfer
+        for i, block in enumerate(table.blocks):
+            expected = sequence.content[i * size : min((i + 1) * size, sequence.computed)]
+            if table.is_ready:
+                held = transfer.device[index_of(block.device)][: len(expected)]
+                require(held == expected, "a ready table holds garbage")
+            for slot, tier in ((block.device, transfer.device), (block.host, transfer.host)):
+                if slot is not None and slot.valid_len:
+                    require(slot.valid_len <= len(expected), "a slot claims too much")
+                    n = slot.valid_len
+                    require(tier[slot.index][:n] == expected[:n], "a slot holds garbage")
+
+    def _pick(self, items: list[T]) -> T:
+        return items[self.choose(len(items))]
+
+
+class Rule(NamedTuple):
+    run: Callable[[BlockManagerModel], None]
+    weight: float
+    """How often a random run takes it: mostly work, some trouble, seldom calm."""
+    when: Callable[[BlockManagerModel], Any]
+    """Truthy where there is something to do it to."""
+
+
+RULES = (
+    Rule(BlockManagerModel.admit, 6, lambda m: len(m.sequences) < MAX_SEQUENCES),
+    Rule(BlockManagerModel.fork, 2, lambda m: 0 < len(m.sequences) < MAX_SEQUENCES),
+    Rule(BlockManagerModel.suspend, 4, lambda m: m.idle),
+    Rule(BlockManagerModel.resume, 6, lambda m: m.parked),
+    Rule(BlockManagerModel.release, 2, lambda m: m.sequences),
+    Rule(BlockManagerModel.recompute, 1, lambda m: m.sequences),
+    Rule(BlockManagerModel.launch, 14, lambda m: m.ready and len(m.steps) < PIPELINE_DEPTH),
+    Rule(BlockManagerModel.compute, 8, lambda m: m.uncomputed),
+    Rule(BlockManagerModel.collect, 14, lambda m: m.steps),
+    Rule(BlockManagerModel.run_step, 2, lambda m: m.ready),
+    Rule(BlockManagerModel.flush, 10, lambda m: m.manager.copies_in_flight > len(m.transfer.under_way)),
+    Rule(BlockManagerModel.poll, 12, lambda m: m.transfer.num_reports),
+    Rule(BlockManagerModel.advance_copy, 6, lambda m: m.transfer.under_way),
+    Rule(BlockManagerModel.finish_copy, 14, lambda m: m.transfer.under_way),
+    Rule(BlockManagerModel.fail_copy, 1, lambda m: m.transfer.under_way and m.copies_fail),
+    Rule(BlockManagerModel.report_again, 1, lambda m: m.transfer.ended),
+    Rule(BlockManagerModel.copy_all, 1, lambda m: m.manager.copies_in_flight),
+    Rule(BlockManagerModel.quiesce, 0.5, lambda m: True),
+    Rule(BlockManagerModel.park_all, 0.3, lambda m: m.sequences),
+)
+
+RULES_PER_EPISODE = 2_000
+
+
+@dataclass
+class Totals:
+    """What a random run has met."""
+
+    rules: int = 0
+    hits: int = 0
+    truncations: int = 0
+    seen: Counter[tuple[State, Event, State]] = field(default_factory=Counter)
+
+
+def chooser(rng: random.Random) -> Choose:
+    return lambda n: int(rng.random() * n)
+
+
+def run_random(num_rules: int, *, walk: bool = True) -> Totals:
+    """Episode after episode, each from a seed of its own, on tiers of other sizes, to the last release."""
+    totals, seed = Totals(), 0
+    while totals.rules < num_rules:
+        rng = random.Random(seed)
+        model = BlockManagerModel(
+            chooser(rng),
+            block_size=rng.choice((1, 2, 4)),
+            device_blocks=rng.choice((3, 5, 8, 12)),
+            host_blocks=rng.choice((0, 2, 4, 16)),
+            walk=walk,
+        )
+        run_episode(model, rng, f"seed {seed}")
+        seed += 1
+        totals.rules += RULES_PER_EPISODE
+        totals.hits += model.hits
+        totals.truncations += model.truncations
+        totals.seen += model.seen
+    return totals
+
+
+def run_episode(model: BlockManagerModel, rng: random.Random, name: str) -> None:
+    weights = list(itertools.accumulate(rule.weight for rule in RULES))
+    number = 0
+    try:
+        while number < RULES_PER_EPISODE:
+            (rule,) = rng.choices(RULES, cum_weights=weights)
+            if rule.when(model):
+                number += 1
+                rule.run(model)
+                model.check()
+        model.finish()
+    except Exception as error:
+        error.add_note(f"{name}, rule {number}")
+        raise

@@ -1,0 +1,536 @@
+"""The block manager, case by case. The searches for what nobody thought of are in the other files."""
+
+from collections.abc import Sequence
+
+import pytest
+from fake_transfer import FakeTransfer
+
+from tidegate.engine.memory.prefix import BlockHasher
+from tidegate.engine.memory.tiers import MAX_COPY_FAILURES, BlockManager, BlockTable, Event, State
+
+SIZE = 2
+
+
+class Rig:
+    """A manager over a fake copy engine, and the moves that tests make of it."""
+
+    def __init__(self, device: int, host: int, *, caches: bool = True) -> None:
+        self.transfer = FakeTransfer(device, host, SIZE)
+        self.events: list[Event] = []
+        self.manager = BlockManager(
+            block_size=SIZE,
+            device_blocks=device,
+            host_blocks=host,
+            transfer=self.transfer,
+            hasher=BlockHasher("model", SIZE, b"secret") if caches else None,
+            observer=lambda block, event, before, after: self.events.append(event),
+        )
+        self.tables: list[BlockTable] = []
+        self.step = 0
+
+    def admit(self, tokens: Sequence[int], tenant: str = "t") -> BlockTable:
+        table = self.manager.new_table(tenant)
+        found = self.manager.find_prefix(table, tokens)
+        assert self.manager.has_room(found, self.manager.blocks_for(len(tokens)) - len(found))
+        self.manager.adopt(table, found)
+        self.tables.append(table)
+        return table
+
+    def compute(self, table: BlockTable, tokens: Sequence[int]) -> None:
+        """Steps up to the last token."""
+        assert self.manager.reserve(table, len(tokens))
+        self.launch(table)
+        self.manager.commit(table, len(tokens), tokens)
+        self.manager.collected(self.step)
+
+    def launch(self, *tables: BlockTable) -> int:
+        self.step += 1
+        for table in tables:
+            self.manager.launched(table, self.step)
+        return self.step
+
+    def run(self, tokens: Sequence[int], tenant: str = "t") -> BlockTable:
+        table = self.admit(tokens, tenant)
+        assert table.is_ready
+        self.compute(table, tokens)
+        return table
+
+    def release(self, table: BlockTable) -> None:
+        self.manager.release(table)
+        self.tables.remove(table)
+
+    def copy_all(self, *, ok: bool = True) -> int:
+        """End the copies ordered so far."""
+        self.manager.flush()
+        tickets = list(self.transfer.under_way)
+        for ticket in tickets:
+            self.transfer.finish(ticket, ok=ok)
+        self.manager.poll()
+        return len(tickets)
+
+    def park(self, table: BlockTable) -> None:
+        self.manager.suspend(table)
+        self.copy_all()
+        assert self.manager.is_written(table)
+
+    def check(self) -> None:
+        self.manager.check_integrity(self.tables)
+
+
+def states(table: BlockTable) -> list[State]:
+    return [block.state for block in table.blocks]
+
+
+# Prefixes
+
+
+def test_a_hit_is_full_blocks_and_never_the_last_token() -> None:
+    rig = Rig(8, 0)
+    rig.run([1, 2, 3, 4, 5])
+    other = rig.manager.new_table("t")
+    assert len(rig.manager.find_prefix(other, [1, 2, 3, 4, 6])) == 2
+    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4])) == 1
+    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3])) == 1
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2]) == []
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [9, 2, 3, 4, 5]) == []
+
+
+def test_another_tenant_hits_nothing() -> None:
+    rig = Rig(8, 0)
+    rig.run([1, 2, 3, 4, 5])
+    assert rig.manager.find_prefix(rig.manager.new_table("u"), [1, 2, 3, 4, 5]) == []
+
+
+def test_without_a_hasher_nothing_is_shared_or_kept() -> None:
+    rig = Rig(4, 0, caches=False)
+    rig.release(rig.run([1, 2, 3, 4, 5]))
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5]) == []
+    assert rig.manager.device.num_free == 4
+    rig.check()
+
+
+def test_uncommitted_positions_are_no_prefix() -> None:
+    """What a step in flight writes may never be confirmed."""
+    rig = Rig(8, 0)
+    table = rig.admit([1, 2, 3, 4, 5])
+    rig.manager.reserve(table, 5)
+    rig.launch(table)
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5]) == []
+
+
+def test_shared_blocks_take_room_once_and_stay_until_the_last_holder_goes() -> None:
+    rig = Rig(4, 0)
+    first = rig.run([1, 2, 3, 4, 5])
+    second = rig.run([1, 2, 3, 4, 6])
+    assert rig.manager.device.num_free == 0
+    assert first.blocks[:2] == second.blocks[:2]
+    rig.release(first)
+    assert rig.manager.num_available == 1
+    rig.release(second)
+    assert rig.manager.num_available == 4
+    rig.check()
+
+
+def test_of_kept_prefixes_the_tail_goes_first_and_the_head_serves_on() -> None:
+    rig = Rig(4, 0)
+    rig.release(rig.run([1, 2, 3, 4, 5]))
+    assert rig.manager.device.num_free == 2
+    rig.run([7, 7, 7, 7, 7])
+    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5])) == 1
+    rig.check()
+
+
+def test_a_kept_prefix_is_not_counted_as_room_beside_itself() -> None:
+    """Its slots cannot be both adopted and taken."""
+    rig = Rig(4, 0)
+    rig.release(rig.run([1, 2, 3, 4, 5]))
+    found = rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5])
+    assert rig.manager.has_room(found, 2)
+    assert not rig.manager.has_room(found, 3)
+    assert rig.manager.has_room([], 4)
+
+
+# Preemption
+
+
+def test_suspended_blocks_keep_their_slots_until_the_host_has_them() -> None:
+    rig = Rig(4, 4)
+    table = rig.run([1, 2, 3])
+    rig.manager.suspend(table)
+    assert states(table) == [State.WRITING_BACK, State.WRITING_BACK]
+    assert (rig.manager.num_available, rig.manager.num_draining) == (2, 2)
+    assert not rig.manager.is_written(table)
+    rig.copy_all()
+    assert states(table) == [State.CLEAN, State.CLEAN]
+    assert (rig.manager.num_available, rig.manager.num_draining) == (4, 0)
+    assert rig.manager.is_written(table)
+    rig.check()
+
+
+def test_what_was_reserved_only_goes_at_once() -> None:
+    rig = Rig(4, 4)
+    table = rig.run([1, 2, 3])
+    rig.manager.reserve(table, 8)
+    rig.manager.suspend(table)
+    assert rig.manager.device.num_free == 2
+    assert len(table.blocks) == 2
+
+
+def test_a_suspended_sequence_whose_slots_nobody_took_comes_back_without_a_copy() -> None:
+    rig = Rig(4, 4)
+    table = rig.run([1, 2, 3])
+    rig.park(table)
+    rig.manager.resume(table)
+    assert table.is_ready
+    assert rig.manager.copied_in == 0
+
+
+def test_a_clean_sequence_is_preempted_without_a_copy() -> None:
+    rig = Rig(4, 4)
+    table = rig.run([1, 2, 3])
+    rig.park(table)
+    rig.manager.resume(table)
+    rig.manager.suspend(table)
+    assert rig.copy_all() == 0
+    assert rig.manager.num_available == 4
+
+
+def test_evicted_blocks_are_loaded_and_the_table_waits_for_all_of_them() -> None:
+    rig = Rig(4, 8)
+    table = rig.run([1, 2, 3])
+    rig.park(table)
+    other = rig.run([9] * 8)
+    assert states(table) == [State.HOST_ONLY, State.HOST_ONLY]
+    assert not rig.manager.has_room(table.blocks, 0)
+    rig.park(other)
+    rig.manager.resume(table)
+    assert states(table) == [State.LOADING, State.LOADING]
+    rig.manager.flush()
+    first, second = rig.transfer.under_way
+    rig.transfer.finish(second, ok=True)
+    rig.manager.poll()
+    assert not table.is_ready
+    rig.transfer.finish(first, ok=True)
+    rig.manager.poll()
+    assert table.is_ready
+    assert rig.manager.copied_in == 2
+    rig.check()
+
+
+def test_an_append_during_the_write_back_leaves_the_host_behind() -> None:
+    """The copy counts for what it read; the next preemption writes the block again."""
+    rig = Rig(4, 4)
+    table = rig.run([1])
+    rig.manager.suspend(table)
+    rig.manager.flush()
+    rig.manager.resume(table)
+    rig.compute(table, [1, 2])
+    rig.copy_all()
+    (block,) = table.blocks
+    assert block.host is not None
+    assert (block.state, block.host.valid_len) == (State.DIRTY, 1)
+    rig.park(table)
+    assert (block.state, block.host.valid_len) == (State.CLEAN, 2)
+    assert rig.manager.host.num_free == 3
+
+
+def test_with_room_for_everything_nothing_is_ever_copied() -> None:
+    rig = Rig(32, 32)
+    for i in range(4):
+        rig.run([i, 1, 2, 3, 4, 5])
+    for table in list(rig.tables):
+        rig.release(table)
+    assert rig.copy_all() == 0
+    assert rig.manager.host.num_free == 32
+
+
+# Fences
+
+
+def test_slots_of_a_released_table_wait_for_its_step() -> None:
+    rig = Rig(2, 0)
+    table = rig.admit([1, 2, 3])
+    rig.manager.reserve(table, 3)
+    step = rig.launch(table)
+    rig.release(table)
+    assert (rig.manager.num_available, rig.manager.num_draining) == (0, 2)
+    rig.check()
+    rig.manager.collected(step)
+    assert (rig.manager.num_available, rig.manager.num_draining) == (2, 0)
+    rig.check()
+
+
+def test_only_the_last_step_of_a_table_frees_its_slots() -> None:
+    """Two steps overlap: the end of the first says nothing about the second."""
+    rig = Rig(2, 0)
+    table = rig.admit([1, 2, 3])
+    rig.manager.reserve(table, 3)
+    first, second = rig.launch(table), rig.launch(table)
+    rig.release(table)
+    rig.manager.collected(first)
+    assert rig.manager.num_available == 0
+    rig.manager.collected(second)
+    assert rig.manager.num_available == 2
+
+
+def test_a_failed_step_gives_back_what_it_reserved_behind_its_fence() -> None:
+    rig = Rig(4, 0)
+    table = rig.run([1, 2])
+    rig.manager.reserve(table, 4)
+    failed, after = rig.launch(table), rig.launch(table)
+    rig.manager.collected(failed)
+    rig.manager.trim(table)
+    assert len(table.blocks) == 1
+    assert rig.manager.num_available == 2
+    rig.manager.collected(after)
+    assert rig.manager.num_available == 3
+    rig.check()
+
+
+def test_a_prefix_of_a_released_table_may_be_adopted_under_its_fence() -> None:
+    """Reading what another step reads does no harm."""
+    rig = Rig(4, 0)
+    first = rig.run([1, 2, 3])
+    step = rig.launch(first)
+    rig.release(first)
+    second = rig.admit([1, 2, 4])
+    assert second.is_ready
+    assert second.num_tokens == 2
+    rig.manager.collected(step)
+    rig.check()
+
+
+# Trouble
+
+
+def test_a_release_in_mid_copy_frees_the_slots_when_the_copy_has_ended() -> None:
+    rig = Rig(2, 4)
+    table = rig.run([1, 2, 3])
+    rig.manager.suspend(table)
+    rig.manager.flush()
+    rig.release(table)
+    assert (rig.manager.num_available, rig.manager.num_host_available) == (0, 2)
+    rig.copy_all()
+    assert (rig.manager.num_available, rig.manager.num_host_available) == (2, 4)
+    rig.check()
+
+
+def test_a_release_in_mid_load_frees_the_slots_when_the_copy_has_ended() -> None:
+    rig = Rig(4, 8)
+    table, other = rig.run([1, 2, 3]), None
+    rig.park(table)
+    other = rig.run([9] * 8)
+    rig.release(other)
+    rig.manager.resume(table)
+    rig.manager.flush()
+    rig.release(table)
+    rig.check()
+    rig.copy_all()
+    assert rig.manager.num_available == 4
+    assert rig.manager.num_host_available == 8
+    rig.check()
+
+
+def waiting_pair(rig: Rig) -> tuple[BlockTable, BlockTable]:
+    """Two sequences with a common prefix that is on its way from the host."""
+    first = rig.run([1, 2, 3, 4, 5])
+    rig.park(first)
+    blocker = rig.run([9] * 2 * rig.manager.device.num_blocks)
+    rig.release(blocker)
+    rig.manager.resume(first)
+    second = rig.admit([1, 2, 3, 4, 6])
+    assert (first.loading, second.loading) == (3, 2)
+    return first, second
+
+
+def test_one_load_serves_all_who_wait_for_it() -> None:
+    rig = Rig(4, 8)
+    first, second = waiting_pair(rig)
+    assert rig.copy_all() == 3
+    assert first.is_ready
+    assert second.is_ready
+    rig.check()
+
+
+def test_a_failed_load_falls_back_for_all_who_wait_for_it() -> None:
+    """Each keeps what lies before the block, and its other loads go on."""
+    rig = Rig(4, 8)
+    first, second = waiting_pair(rig)
+    rig.manager.flush()
+    tickets = list(rig.transfer.under_way)
+    rig.transfer.finish(tickets[1], ok=False)
+    rig.manager.poll()
+    assert rig.manager.take_truncated() == {first, second}
+    assert rig.manager.take_truncated() == set()
+    assert (first.num_tokens, second.num_tokens) == (2, 2)
+    assert (first.loading, second.loading) == (1, 1)
+    rig.check()
+    rig.copy_all()
+    assert first.is_ready
+    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5])) == 1
+    rig.check()
+
+
+def test_a_report_that_comes_twice_counts_once() -> None:
+    rig = Rig(4, 4)
+    table = rig.run([1, 2])
+    rig.park(table)
+    rig.transfer.report_again(1, ok=False)
+    rig.manager.poll()
+    assert states(table) == [State.CLEAN]
+    assert rig.manager.copied_out == 1
+    rig.check()
+
+
+def test_a_write_back_that_keeps_failing_costs_the_tail_and_nothing_else() -> None:
+    rig = Rig(4, 4)
+    table = rig.run([1, 2, 3])
+    rig.manager.suspend(table)
+    rig.manager.flush()
+    head, tail = rig.transfer.under_way
+    rig.transfer.finish(head, ok=True)
+    rig.transfer.finish(tail, ok=False)
+    rig.manager.poll()
+    for _ in range(MAX_COPY_FAILURES - 1):
+        assert rig.manager.take_truncated() == set()
+        assert rig.copy_all(ok=False) == 1
+    assert rig.manager.take_truncated() == {table}
+    assert table.num_tokens == 2
+    assert rig.manager.num_available == 4
+    assert rig.manager.host.num_free == 3
+    rig.check()
+
+
+def test_a_prefix_that_could_not_be_written_is_tried_again_for_its_next_holder() -> None:
+    """Failures are counted in a row; those of another life of the block are over."""
+    rig = Rig(4, 4)
+    table = rig.run([1, 2])
+    rig.manager.suspend(table)
+    for _ in range(MAX_COPY_FAILURES):
+        rig.copy_all(ok=False)
+    assert rig.manager.take_truncated() == {table}
+    heir = rig.admit([1, 2, 3])
+    assert heir.num_tokens == 2
+    rig.park(heir)
+    assert rig.manager.take_truncated() == set()
+    assert states(heir) == [State.CLEAN]
+    rig.check()
+
+
+# Full tiers
+
+
+def test_a_reservation_without_room_changes_nothing() -> None:
+    rig = Rig(2, 0)
+    table = rig.run([1, 2])
+    assert not rig.manager.reserve(table, 7)
+    assert len(table.blocks) == 1
+    assert rig.manager.num_available == 1
+    rig.check()
+
+
+def test_kept_prefixes_are_evicted_before_parked_blocks() -> None:
+    rig = Rig(3, 4)
+    parked = rig.run([1, 2])
+    rig.park(parked)
+    rig.release(rig.run([7, 7]))
+    rig.run([8, 8, 8])
+    assert states(parked) == [State.CLEAN]
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [7, 7, 7]) == []
+
+
+def test_the_host_tier_drops_prefixes_and_mirrors_before_anything_parked() -> None:
+    rig = Rig(8, 3)
+    parked, prefix, mirror = rig.run([1, 1]), rig.run([2, 2]), rig.run([3, 3])
+    for table in (parked, mirror, prefix):
+        rig.park(table)
+    rig.manager.resume(mirror)
+    rig.release(prefix)
+    assert rig.manager.num_host_available == 2
+
+    rig.park(rig.run([4, 4]))
+    assert mirror.blocks[0].host is not None
+    rig.park(rig.run([5, 5]))
+    assert mirror.blocks[0].host is None
+    assert states(mirror) == [State.DIRTY]
+    assert rig.manager.num_host_available == 0
+
+    late = rig.run([6, 6])
+    rig.manager.suspend(late)
+    assert rig.manager.take_truncated() == {late}
+    assert states(parked) == [State.CLEAN]
+    rig.check()
+
+
+def test_parked_sharers_lose_a_prefix_together_when_no_host_slot_is_left() -> None:
+    rig = Rig(8, 0)
+    first, second = rig.run([1, 2, 3, 4, 5]), rig.run([1, 2, 3, 4, 6])
+    rig.manager.suspend(first)
+    assert first.num_tokens == 4
+    rig.check()
+    rig.manager.suspend(second)
+    assert rig.manager.take_truncated() == {first, second}
+    assert first.blocks == second.blocks == []
+    assert rig.manager.num_available == 8
+    rig.check()
+
+
+def test_a_suspended_table_never_drops_its_own_copies_to_make_room_for_itself() -> None:
+    """It comes back after its tail's copy was dropped, and leaves again with the host tier full."""
+    rig = Rig(8, 2)
+    table = rig.run([1, 2, 3, 4])
+    rig.park(table)
+    rig.manager.resume(table)
+    other = rig.run([9, 9])
+    rig.park(other)
+    assert [block.host is None for block in table.blocks] == [False, True]
+    rig.manager.suspend(table)
+    rig.check()
+    assert rig.manager.take_truncated() == {table}
+
+
+# Forks
+
+
+def test_a_fork_shares_full_blocks_and_leaves_the_tail() -> None:
+    rig = Rig(8, 8)
+    parent = rig.run([1, 2, 3, 4, 5])
+    for num_tokens, shared in ((0, 0), (3, 1), (4, 2), (5, 2), (99, 2)):
+        child = rig.manager.fork(parent, num_tokens)
+        assert child.blocks == parent.blocks[:shared]
+        assert child.num_tokens == shared * SIZE
+        assert not child.resident
+        rig.manager.release(child)
+    rig.check()
+
+
+def test_a_fork_keeps_shared_blocks_when_its_parent_is_over() -> None:
+    rig = Rig(4, 4, caches=False)
+    parent = rig.run([1, 2, 3])
+    child = rig.manager.fork(parent, 3)
+    rig.tables.append(child)
+    rig.release(parent)
+    rig.copy_all()
+    assert states(child) == [State.CLEAN]
+    rig.run([9] * 8)
+    assert states(child) == [State.HOST_ONLY]
+    rig.check()
+
+
+# Misuse
+
+
+def test_committing_to_a_block_off_the_device_raises() -> None:
+    rig = Rig(2, 4)
+    table = rig.run([1])
+    rig.park(table)
+    rig.run([9] * 4)
+    with pytest.raises(RuntimeError, match="not on the device"):
+        rig.manager.commit(table, 2, [1, 2])
+
+
+def test_the_walk_tells_a_forgotten_table() -> None:
+    rig = Rig(2, 0)
+    rig.run([1, 2])
+    with pytest.raises(RuntimeError, match="holders are miscounted"):
+        rig.manager.check_integrity([])
