@@ -1,0 +1,1 @@
+"""Model definitions, checkpoint loading, the step runner and the sampler."""

@@ -1,0 +1,47 @@
+"""Matrix products with weights laid out once for the device that they are on.
+
+Legend: T tokens, I inputs, O outputs.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+Projection = Callable[[torch.Tensor], torch.Tensor]
+"""TI to TO."""
+
+_PACKED_FOR_TOKENS = 64
+"""oneDNN chooses its layout for a number of rows; others run on it too, measured no slower."""
+
+
+def projection(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Projection:
+    """Input times the weight transposed, plus the bias.
+
+    On the CPU oneDNN computes on a blocked copy of the weight. Given a plain one it makes that copy at every
+    call, which takes longer than the product of a few rows: packed once, the products of a 0.5B model in
+    bf16 measured 1.1 to 5.5 times as fast with 1 to 32 rows. The plain weight is not kept, but where it is
+    an embedding too.
+    """
+    if not _can_pack(weight_OI):
+        return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _PACKED_FOR_TOKENS)
+    product = torch.ops.mkldnn._linear_pointwise.default
+
+    def packed_linear(x_TI: torch.Tensor) -> torch.Tensor:
+        result_TO: torch.Tensor = product(x_TI, packed, bias_O, "none", [], "")
+        return result_TO
+
+    return packed_linear
+
+
+def _can_pack(weight_OI: torch.Tensor) -> bool:
+    if weight_OI.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    match weight_OI.dtype:
+        case torch.bfloat16:
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        case torch.float16:
+            return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        case _:
+            return weight_OI.dtype == torch.float32

@@ -1,0 +1,154 @@
+"""Computes steps: rows of tokens and block tables in, sampled tokens out.
+
+With ``depth`` 2 steps run one after the other on a thread of their own, so that the next step can be
+planned meanwhile; a step reads the tokens that the one before it sampled from the row, where no one has
+had to look at them in between.
+
+Shapes: ``S`` chunks of the step, ``T`` their packed tokens, ``R`` chunks that sample, ``V`` vocabulary;
+the pool's ``NLCKBD`` stands in ``engine.memory.layout``.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from tidegate.engine.memory.layout import BlockLayout
+from tidegate.engine.model.sampler import Sampler
+from tidegate.engine.step import StepHandle, StepPlan, StepResult
+from tidegate.kernels.attention import AttentionBatch
+
+
+class Model(Protocol):
+    """What the runner needs of a decoder."""
+
+    def forward(
+        self,
+        token_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        pool_NLCKBD: torch.Tensor,
+        batch: AttentionBatch,
+        sample_rows_R: torch.Tensor,
+    ) -> torch.Tensor:
+        """Write the tokens' KV to the pool; logits RV of the tokens ``sample_rows_R``, which may be none."""
+
+
+class ModelRunner:
+    """The CPU device's ``engine.step.Runner``.
+
+    A plan belongs to the runner once it is launched: its lists must not change afterwards. A step that
+    raises does so from its handle's ``result``; later steps still run.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pool_NLCKBD: torch.Tensor,
+        layout: BlockLayout,
+        max_rows: int,
+        max_model_len: int,
+        eos_token_ids: Sequence[int],
+        depth: int,
+    ) -> None:
+        torch.set_num_threads(available_cores())
+        self._model = model
+        self._pool_NLCKBD = pool_NLCKBD
+        self._block_size = layout.block_size
+        self._sampler = Sampler(max_rows, eos_token_ids)
+        self._tokens = np.zeros((max_rows, max_model_len), np.int32)
+        self._block_tables = np.zeros((max_rows, -(-max_model_len // layout.block_size)), np.int32)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="tidegate-steps") if depth > 1 else None
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Start the step, behind those launched before; with depth 1, finish it."""
+        if self._executor is not None:
+            return self._executor.submit(self._compute, plan)
+        handle: Future[StepResult] = Future()
+        try:
+            handle.set_result(self._compute(plan))
+        except Exception as error:  # noqa: BLE001 - the handle raises it, as with a thread
+            handle.set_exception(error)
+        return handle
+
+    def close(self) -> None:
+        """Wait for the steps under way and end the thread."""
+        if self._executor is not None:
+            self._executor.shutdown()
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        began = time.perf_counter()
+        self._update_rows(plan)
+        if not plan.chunks:
+            return StepResult([], [], [], time.perf_counter() - began)
+
+        fields = [(chunk.row, chunk.start, chunk.count, chunk.samples) for chunk in plan.chunks]
+        rows_S, starts_S, counts_S, samples_S = np.array(fields, np.int64).T
+        ends_S = starts_S + counts_S
+        query_ends_S = counts_S.cumsum()
+        num_blocks = -(-int(ends_S.max()) // self._block_size)
+        batch = AttentionBatch.build(
+            # To attention a decode is one query token, whatever the plan calls it.
+            num_decodes=int((counts_S == 1).cumprod().sum()),
+            query_starts=[0, *query_ends_S.tolist()],
+            context_lens=ends_S.tolist(),
+            block_tables_SM=torch.from_numpy(self._block_tables[rows_S, :num_blocks]),
+            kv_NCKBD=BlockLayout.layer(self._pool_NLCKBD, 0),
+        )
+        token_ids_T = self._tokens[rows_S.repeat(counts_S), batch.positions_T.numpy()]
+        sampling = np.flatnonzero(samples_S)
+        logits_RV = self._model.forward(
+            torch.from_numpy(token_ids_T.astype(np.int64)),
+            batch.positions_T,
+            self._pool_NLCKBD,
+            batch,
+            torch.from_numpy(query_ends_S[sampling] - 1),
+        )
+        if not len(sampling):
+            return StepResult([], [], [], time.perf_counter() - began)
+
+        rows_R, positions_R = rows_S[sampling], ends_S[sampling]
+        sampled = self._sampler.sample(logits_RV, rows_R, positions_R, self._tokens)
+        fits = positions_R < self._tokens.shape[1]
+        self._tokens[rows_R[fits], positions_R[fits]] = sampled.token_ids[fits]
+        return StepResult(
+            sampled.token_ids.tolist(), sampled.finite.tolist(), sampled.logprobs, time.perf_counter() - began
+        )
+
+    def _update_rows(self, plan: StepPlan) -> None:
+        for setup in plan.setups:
+            self._tokens[setup.row, : len(setup.token_ids)] = setup.token_ids
+            self._block_tables[setup.row, : len(setup.block_ids)] = setup.block_ids
+            self._sampler.set_row(setup)
+        for row, index, block_id in plan.new_blocks:
+            self._block_tables[row, index] = block_id
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, without hyperthreads, within the cgroup's quota.
+
+    A second thread on a core makes matrix products no faster, and threads beyond the quota are stopped in
+    the middle of a parallel section while the others wait for them. ``OMP_NUM_THREADS`` overrides.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdecimal() and int(chosen) > 0:
+        return int(chosen)
+    cpus = os.sched_getaffinity(0)
+    siblings = {_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus}
+    cores = len(siblings) if None not in siblings else len(cpus)
+    quota, _, period = (_read("/sys/fs/cgroup/cpu.max") or "max").partition(" ")
+    if quota.isdecimal():
+        cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
+
+
+def _read(path: str) -> str | None:
+    """The file's text; None where the kernel does not offer it."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None

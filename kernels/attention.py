@@ -1,0 +1,280 @@
+"""Attention over the paged KV cache, on the CPU.
+
+Shapes: ``T`` packed query tokens, ``S`` sequences, ``M`` blocks of the longest of them, ``N`` blocks of
+the pool, ``C = 2`` for key and value, ``K`` KV heads, ``H`` query heads, ``G = H / K`` query heads a KV
+head, ``B`` positions a block, ``D`` head size, ``P = M * B`` positions with their padding.
+
+``kv_NCKBD`` is one layer's strided view of the pool; inside it each *tile* ``BD`` is contiguous, so the
+layer can be read as a table of tiles or of *lines* ``D``, whatever the order of blocks and layers. One
+gather of tiles then puts a sequence's keys in order, and the batched SDPA reads them with the ``G`` query
+heads of a KV head packed into one small matrix. Gathering blocks and then transposing them measured four
+times slower; a product for each block, combined afterwards, no faster than the padded whole.
+
+A position that holds no token of the sequence may hold anything, NaN included: it is cleared in the
+gathered copy, because the zero weight that the mask gives it does not silence a NaN value.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+Int64Array = npt.NDArray[np.int64]
+
+# A group of decodes is one SDPA call padded to its longest member. Padding is cheaper than another call
+# up to about this many positions, or this share of the group; the last bounds the gathered copy.
+_GROUP_PADDING = 512
+_GROUP_PADDING_SHARE = 1 / 8
+_GROUP_POSITIONS = 8_192
+
+
+@dataclass(slots=True)
+class _Decodes:
+    """Sequences with one query token each, padded to a common length ``P`` and attended to together."""
+
+    tokens_S: torch.Tensor
+    tiles: torch.Tensor
+    """Tile of each (C, S, K, M) in the layer's table of tiles; flat."""
+    padding: torch.Tensor
+    """Lines of the gathered (C, S, K, P) that hold no token of their sequence; flat."""
+    mask_S11P: torch.Tensor
+    """0 where there is a token, -inf elsewhere; added to the scores."""
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """A sequence with any number of query tokens, the last ones of its context."""
+
+    start: int
+    end: int
+    """Its query tokens are [start, end) of the packed ones."""
+    context_len: int
+    tiles: torch.Tensor
+    """Tile of each (C, K, M), flat."""
+    mask_TP: torch.Tensor | None
+    """True where a query sees a key. None where the queries are the whole context: plainly causal."""
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """One step's metadata, made once and shared by all layers. Make it with ``build``."""
+
+    num_decodes: int
+    query_starts: list[int]
+    """S + 1 offsets into the packed tokens."""
+    context_lens: list[int]
+    """Tokens of each sequence, this step's queries included."""
+    block_tables_SM: torch.Tensor
+    """int32 device block ids. Entries behind a sequence's last block are never followed."""
+    positions_T: torch.Tensor
+    """int64 position of each query token in its sequence."""
+    slot_blocks_T: torch.Tensor
+    slot_offsets_T: torch.Tensor
+    """int64: the block and the position in it where a token's key and value go."""
+    _slot_lines: torch.Tensor
+    """Line of each (C, T, K), flat."""
+    _decodes: list[_Decodes]
+    _prefills: list[_Prefill]
+    _scratch: torch.Tensor
+    """Room for the largest gather of the step, reused by each: fresh pages cost as much as the copy."""
+
+    @classmethod
+    def build(
+        cls,
+        num_decodes: int,
+        query_starts: list[int],
+        context_lens: list[int],
+        block_tables_SM: torch.Tensor,
+        kv_NCKBD: torch.Tensor,
+    ) -> "AttentionBatch":
+        """The first ``num_decodes`` sequences have exactly one query token each.
+
+        ``kv_NCKBD`` is any layer's view of the pool: its shape, strides and dtype are those of every layer.
+        """
+        strides = _TileStrides.of(kv_NCKBD)
+        block_size, head_dim = kv_NCKBD.shape[3:]
+        tables_SM = block_tables_SM.numpy()
+        starts = np.asarray(query_starts, dtype=np.int64)
+        lens_S = np.asarray(context_lens, dtype=np.int64)
+        counts_S = np.diff(starts)
+
+        sequence_T = np.repeat(np.arange(len(lens_S)), counts_S)
+        positions_T = np.arange(starts[-1]) + (lens_S - counts_S - starts[:-1])[sequence_T]
+        slot_blocks_T = tables_SM[sequence_T, positions_T // block_size].astype(np.int64)
+        slot_offsets_T = positions_T % block_size
+        slot_lines_CTK = (
+            strides.tiles(slot_blocks_T[:, None])[:, :, :, 0] * block_size + slot_offsets_T[None, :, None]
+        )
+
+        decodes = [
+            _build_decodes(rows_S, lens_S[rows_S], tables_SM, strides, kv_NCKBD)
+            for rows_S in _group_by_length(lens_S[:num_decodes], block_size)
+        ]
+        prefills = [
+            _build_prefill(
+                query_starts[s], query_starts[s + 1], context_lens[s], tables_SM[s], strides, block_size
+            )
+            for s in range(num_decodes, len(context_lens))
+        ]
+        gathers = [group.tiles for group in decodes] + [chunk.tiles for chunk in prefills]
+        return cls(
+            num_decodes=num_decodes,
+            query_starts=query_starts,
+            context_lens=context_lens,
+            block_tables_SM=block_tables_SM,
+            positions_T=torch.from_numpy(positions_T),
+            slot_blocks_T=torch.from_numpy(slot_blocks_T),
+            slot_offsets_T=torch.from_numpy(slot_offsets_T),
+            _slot_lines=torch.from_numpy(slot_lines_CTK.reshape(-1)),
+            _decodes=decodes,
+            _prefills=prefills,
+            _scratch=kv_NCKBD.new_empty((max(map(len, gathers), default=0), block_size * head_dim)),
+        )
+
+
+def write_kv(
+    key_TKD: torch.Tensor, value_TKD: torch.Tensor, kv_NCKBD: torch.Tensor, batch: AttentionBatch
+) -> None:
+    """Store the step's keys and values in the slots of their tokens."""
+    head_dim = kv_NCKBD.shape[-1]
+    written_CTKD = torch.stack((key_TKD, value_TKD))
+    _rows_of(kv_NCKBD, head_dim).index_copy_(0, batch._slot_lines, written_CTKD.view(-1, head_dim))
+
+
+def paged_attention(
+    query_THD: torch.Tensor, kv_NCKBD: torch.Tensor, batch: AttentionBatch, scale: float
+) -> torch.Tensor:
+    """Causal attention of the step's queries over their sequences' keys and values; THD.
+
+    The keys and values of the queries themselves must be written before (``write_kv``). Scores and
+    softmax are in fp32 whatever the dtype of the pool, which is that of the query and of the result.
+    """
+    _, num_heads, head_dim = query_THD.shape
+    num_kv_heads, block_size = kv_NCKBD.shape[2:4]
+    tiles = _rows_of(kv_NCKBD, block_size * head_dim)
+    out_THD = query_THD.new_empty(query_THD.shape)
+
+    for group in batch._decodes:
+        lines = _gather(tiles, group.tiles, batch._scratch).view(-1, head_dim)
+        lines.index_fill_(0, group.padding, 0)
+        num_seqs = len(group.tokens_S)
+        key_SKPD, value_SKPD = lines.view(2, num_seqs, num_kv_heads, -1, head_dim)
+        query_SKGD = query_THD.index_select(0, group.tokens_S).view(num_seqs, num_kv_heads, -1, head_dim)
+        out_SKGD = scaled_dot_product_attention(
+            query_SKGD, key_SKPD, value_SKPD, attn_mask=group.mask_S11P, scale=scale
+        )
+        out_THD.index_copy_(0, group.tokens_S, out_SKGD.reshape(num_seqs, num_heads, head_dim))
+
+    for chunk in batch._prefills:
+        gathered_CKPD = _gather(tiles, chunk.tiles, batch._scratch).view(2, num_kv_heads, -1, head_dim)
+        key_1KPD, value_1KPD = gathered_CKPD[:, None, :, : chunk.context_len]
+        query_1HTD = query_THD[chunk.start : chunk.end].transpose(0, 1).unsqueeze(0)
+        out_1HTD = scaled_dot_product_attention(
+            query_1HTD,
+            key_1KPD,
+            value_1KPD,
+            attn_mask=chunk.mask_TP,
+            is_causal=chunk.mask_TP is None,
+            scale=scale,
+            enable_gqa=True,
+        )
+        out_THD[chunk.start : chunk.end] = out_1HTD[0].transpose(0, 1)
+    return out_THD
+
+
+@dataclass(frozen=True, slots=True)
+class _TileStrides:
+    """Distance in tiles from one block, from key to value, and from one KV head to the next."""
+
+    block: int
+    kind: int
+    head: int
+    num_kv_heads: int
+
+    @classmethod
+    def of(cls, kv_NCKBD: torch.Tensor) -> "_TileStrides":
+        tile = kv_NCKBD.shape[3] * kv_NCKBD.shape[4]
+        block, kind, head = (stride // tile for stride in kv_NCKBD.stride()[:3])
+        return cls(block, kind, head, kv_NCKBD.shape[2])
+
+    def tiles(self, blocks_SM: npt.NDArray[np.integer]) -> Int64Array:
+        """Tile of each (C, S, K, M) for a table of blocks SM."""
+        heads_K1 = (np.arange(self.num_kv_heads) * self.head)[:, None]
+        kinds_C111 = (np.arange(2) * self.kind)[:, None, None, None]
+        return kinds_C111 + heads_K1 + blocks_SM.astype(np.int64)[None, :, None, :] * self.block
+
+
+def _group_by_length(lens_S: Int64Array, block_size: int) -> list[Int64Array]:
+    """Sequences of similar length, each group as row numbers of ``lens_S``, longest first."""
+    order = np.argsort(-lens_S, kind="stable")
+    padded_lens = (-(-lens_S[order] // block_size) * block_size).tolist()
+    groups: list[Int64Array] = []
+    first = padding = 0
+    for i, length in enumerate(padded_lens):
+        longest = padded_lens[first]
+        positions = longest * (i + 1 - first)
+        padding += longest - length
+        allowed = max(_GROUP_PADDING, positions * _GROUP_PADDING_SHARE)
+        if i > first and (padding > allowed or positions > _GROUP_POSITIONS):
+            groups.append(order[first:i])
+            first, padding = i, 0
+    if len(order):
+        groups.append(order[first:])
+    return groups
+
+
+def _build_decodes(
+    rows_S: Int64Array,
+    lens_S: Int64Array,
+    tables_SM: npt.NDArray[np.int32],
+    strides: _TileStrides,
+    kv_NCKBD: torch.Tensor,
+) -> _Decodes:
+    block_size = kv_NCKBD.shape[3]
+    num_blocks = -(-int(lens_S.max()) // block_size)
+    absent_SP = np.arange(num_blocks * block_size) >= lens_S[:, None]
+    # Behind the last block of a shorter sequence any block will do: its copy is cleared.
+    blocks_SM = np.where(absent_SP[:, ::block_size], 0, tables_SM[rows_S, :num_blocks])
+    absent_CSKP = np.broadcast_to(
+        absent_SP[None, :, None], (2, len(rows_S), strides.num_kv_heads, absent_SP.shape[1])
+    )
+    mask_SP = torch.zeros(absent_SP.shape, dtype=kv_NCKBD.dtype)
+    mask_SP.masked_fill_(torch.from_numpy(absent_SP), -torch.inf)
+    return _Decodes(
+        # A decode's token has the number of its sequence: decodes come first.
+        tokens_S=torch.from_numpy(rows_S),
+        tiles=torch.from_numpy(strides.tiles(blocks_SM).reshape(-1)),
+        padding=torch.from_numpy(np.flatnonzero(absent_CSKP)),
+        mask_S11P=mask_SP[:, None, None],
+    )
+
+
+def _build_prefill(
+    start: int,
+    end: int,
+    context_len: int,
+    table_M: npt.NDArray[np.int32],
+    strides: _TileStrides,
+    block_size: int,
+) -> _Prefill:
+    num_blocks = -(-context_len // block_size)
+    count = end - start
+    mask_TP = None
+    if count < context_len:
+        mask_TP = torch.ones((count, context_len), dtype=torch.bool).tril_(context_len - count)
+    tiles = torch.from_numpy(strides.tiles(table_M[None, :num_blocks]).reshape(-1))
+    return _Prefill(start, end, context_len, tiles, mask_TP)
+
+
+def _rows_of(kv_NCKBD: torch.Tensor, width: int) -> torch.Tensor:
+    """The memory that the layer's view spans as rows of ``width`` elements: a tile or a line."""
+    extent = 1 + sum(
+        (size - 1) * stride for size, stride in zip(kv_NCKBD.shape, kv_NCKBD.stride(), strict=True)
+    )
+    return kv_NCKBD.as_strided((extent // width, width), (width, 1))
+
+
+def _gather(rows: torch.Tensor, indices: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    return torch.index_select(rows, 0, indices, out=scratch[: len(indices)])
