@@ -1,0 +1,266 @@
+"""The engine as a process of its own, which owns the device and may die without its front.
+
+Both ends of the wire are here. A ZeroMQ PAIR over a Unix socket carries MessagePack: to the engine
+lists of commands, to the front first ``Ready`` or ``StartFailed``, then one ``StepOutput`` a step.
+
+The child is ``python -P -m tidegate.engine.process``, not a ``multiprocessing`` spawn: that one runs
+the front's main module once more in the child, with all that it imports, and hands arguments over by
+pickle. ``-P`` keeps the working directory off ``sys.path``.
+"""
+
+import asyncio
+import ctypes
+import importlib
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+
+import msgspec
+import zmq
+
+from tidegate.engine.client import EndingQueue, EngineGone
+from tidegate.engine.config import ConfigError, EngineConfig
+from tidegate.engine.logging import LogFormat, configure_logging
+from tidegate.engine.loop import Core, run
+from tidegate.engine.messages import Command, EngineInfo, StepOutput
+
+ENGINE_FACTORY = "tidegate.engine.build:build_engine"
+CLOSE_SECONDS = 10.0
+"""How long the child may take for an orderly end before it is killed."""
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Start(msgspec.Struct):
+    """The child's last argument, as JSON."""
+
+    config: EngineConfig
+    factory: str
+    """``module:function``, called with ``config, progress``; gives the ``Core``."""
+    progress: bool
+    """Whether to draw progress bars on stderr."""
+    log_format: LogFormat
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """The engine takes commands now."""
+
+    info: EngineInfo
+
+
+class StartFailed(msgspec.Struct, tag="start_failed"):
+    """The configuration cannot work; the message is that of the ``ConfigError``."""
+
+    message: str
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_started = msgspec.msgpack.Decoder(Ready | StartFailed).decode
+_decode_commands = msgspec.msgpack.Decoder(list[Command]).decode
+_decode_output = msgspec.msgpack.Decoder(StepOutput).decode
+
+
+class ProcessClient:
+    """An engine in a child process; the front's end of the wire.
+
+    The child's end is noticed at once, through its pidfd. What it said last may be lost with it.
+    """
+
+    info: EngineInfo
+
+    def __init__(self, start: Start) -> None:
+        """Private: use ``start``."""
+        self._loop = asyncio.get_running_loop()
+        self._outgoing: list[Command] = []
+        self._frames: EndingQueue[bytes] = EndingQueue()
+        self._exited = asyncio.Event()
+        self._context = zmq.Context()
+        # mkdtemp gives the folder to this user alone (0700).
+        self._folder = tempfile.mkdtemp(prefix="tidegate-")
+        address = f"ipc://{self._folder}/engine"
+        self._socket = _open_socket(self._context)
+        self._socket.bind(address)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__, address, str(os.getpid()), msgspec.json.encode(start)],
+            stdin=subprocess.DEVNULL,
+            # Signals to the front's group, from a terminal or a supervisor, are the front's to answer.
+            process_group=0,
+        )
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._loop.add_reader(self._pidfd, self._on_exit)
+        self._loop.add_reader(self._socket.FD, self._read)
+
+    @classmethod
+    async def start(
+        cls,
+        config: EngineConfig,
+        progress: bool = False,
+        log_format: LogFormat = "console",
+        factory: str = ENGINE_FACTORY,
+    ) -> "ProcessClient":
+        """Spawn the engine and wait until it is ready. Only from the main thread.
+
+        Raises ``ConfigError`` where the configuration cannot work, ``EngineGone`` where the process
+        ends before it is ready.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            # The parent-death signal would fire at the end of the thread that spawned the child.
+            raise RuntimeError("an engine process must be started from the main thread")
+        client = cls(Start(config, factory, progress, log_format))
+        try:
+            started = _decode_started(await client._frames.get())
+            if isinstance(started, StartFailed):
+                raise ConfigError(started.message)
+        except BaseException:
+            await client.close()
+            raise
+        client.info = started.info
+        # Both ends are connected: with the path gone, nothing is left behind if this process is killed.
+        shutil.rmtree(client._folder)
+        return client
+
+    def send(self, commands: Iterable[Command]) -> None:
+        self._frames.check()
+        if not self._outgoing:
+            # One message for all that is sent in this turn of the loop.
+            self._loop.call_soon(self._flush)
+        self._outgoing += commands
+
+    async def receive(self) -> StepOutput:
+        return _decode_output(await self._frames.get())
+
+    async def close(self) -> None:
+        if not self._exited.is_set():
+            self._process.terminate()
+            try:
+                await asyncio.wait_for(self._exited.wait(), CLOSE_SECONDS)
+            except TimeoutError:
+                self._process.kill()
+                await self._exited.wait()
+        if not self._socket.closed:
+            self._loop.remove_reader(self._socket.FD)
+            self._context.destroy(linger=0)
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _flush(self) -> None:
+        commands, self._outgoing = self._outgoing, []
+        if commands and not self._exited.is_set():
+            self._socket.send(_encode(commands), zmq.NOBLOCK)
+            # Sending may take the notice of an arrival off the socket's descriptor.
+            self._read()
+
+    def _read(self) -> None:
+        """Take every frame there is: the descriptor tells of the first one only."""
+        try:
+            while True:
+                self._frames.put(self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return
+
+    def _on_exit(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        code = self._process.wait()
+        self._read()
+        self._frames.end(EngineGone(f"the engine process ended with {_describe_exit(code)}", code))
+        self._exited.set()
+
+
+def main() -> None:
+    """The child: build the engine, say so, then step until SIGTERM."""
+    address, parent_pid = sys.argv[1], int(sys.argv[2])
+    _die_with_parent(parent_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start = msgspec.json.decode(sys.argv[3], type=Start)
+    configure_logging(start.log_format)
+    with zmq.Context() as context, _open_socket(context) as front:
+        front.connect(address)
+        try:
+            began = time.perf_counter()
+            build = _load_factory(start.factory)
+            imports = time.perf_counter() - began
+            core = build(start.config, start.progress)
+        except ConfigError as error:
+            front.send(_encode(StartFailed(str(error))))
+            signal.pause()  # the front ends us once it has read why
+            raise
+        commands = _CommandSocket(front)
+        load_seconds = {"imports": imports, **core.info.load_seconds}
+        front.send(_encode(Ready(msgspec.structs.replace(core.info, load_seconds=load_seconds))))
+        try:
+            run(core, commands, lambda output: front.send(_encode(output)))
+        except BaseException:  # noqa: BLE001  nothing is swallowed: it ends the process
+            # Threads of a broken engine might never let the interpreter end.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        core.close()
+
+
+class _CommandSocket:
+    """The child's end of the wire, ended by SIGTERM."""
+
+    def __init__(self, front: "zmq.Socket[bytes]") -> None:
+        self._front = front
+        # A signal handler alone does not end a poll: it is restarted. The byte that Python writes to
+        # the wakeup descriptor does.
+        self._wakeup, write_end = socket.socketpair()
+        self._wakeup.setblocking(False)
+        write_end.setblocking(False)
+        self._write_end = write_end
+        signal.set_wakeup_fd(write_end.fileno())
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        self._poller = zmq.Poller()
+        self._poller.register(front, zmq.POLLIN)
+        self._poller.register(self._wakeup, zmq.POLLIN)
+
+    def take(self, timeout: float | None) -> list[Command] | None:
+        ready = dict(self._poller.poll(None if timeout is None else math.ceil(timeout * 1000)))
+        if self._wakeup.fileno() in ready:
+            return None
+        taken: list[Command] = []
+        try:
+            while self._front in ready:
+                taken += _decode_commands(self._front.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            pass
+        return taken
+
+
+def _open_socket(context: "zmq.Context[zmq.Socket[bytes]]") -> "zmq.Socket[bytes]":
+    """No message is ever dropped or refused for their number: credit bounds what is under way."""
+    pair = context.socket(zmq.PAIR)
+    pair.set_hwm(0)
+    pair.linger = 1000
+    return pair
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent_pid:
+        sys.exit("the front ended before its engine started")
+
+
+def _load_factory(dotted: str) -> Callable[[EngineConfig, bool], Core]:
+    module, _, name = dotted.partition(":")
+    factory: Callable[[EngineConfig, bool], Core] = getattr(importlib.import_module(module), name)
+    return factory
+
+
+def _describe_exit(code: int) -> str:
+    return f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+
+if __name__ == "__main__":
+    main()
