@@ -1,0 +1,105 @@
+"""Where a server listens: TCP ports and Unix sockets, opened so that nobody is surprised."""
+
+import contextlib
+import fcntl
+import ipaddress
+import os
+import stat
+from collections.abc import Iterator
+
+import grpc.aio
+
+from tidegate.engine.config import ConfigError
+
+SOCKET_MODE = 0o770
+UNIX_PREFIX = "unix:"
+
+
+def check_address(address: str, insecure: bool) -> None:
+    """Raises ``ConfigError`` for an address that cannot be read, or that strangers could reach."""
+    if address.startswith(UNIX_PREFIX):
+        if not address.removeprefix(UNIX_PREFIX):
+            raise ConfigError(f"address {address!r} has no path; write unix:PATH")
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"address {address!r} must be HOST:PORT or unix:PATH")
+    if not insecure and not _is_loopback(host.strip("[]")):
+        raise ConfigError(
+            f"address {address} can be reached from other machines, and this version has neither TLS nor "
+            "credentials: listen on 127.0.0.1 or on unix:PATH, or accept the risk with --insecure"
+        )
+
+
+@contextlib.contextmanager
+def listen(server: grpc.aio.Server, address: str) -> Iterator[str]:
+    """Open an address until the context ends; gives it with the port that was chosen for port 0.
+
+    Raises ``ConfigError`` where it cannot be opened.
+    """
+    if address.startswith(UNIX_PREFIX):
+        path = os.path.abspath(address.removeprefix(UNIX_PREFIX))
+        with _locked(path):
+            _open_socket(server, path)
+            try:
+                yield f"{UNIX_PREFIX}{path}"
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+    else:
+        host = address.rpartition(":")[0]
+        yield f"{host}:{_add_port(server, address)}"
+
+
+def _open_socket(server: grpc.aio.Server, path: str) -> None:
+    try:
+        # Left behind by a server that was killed: we hold the lock, so nobody listens there.
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
+        else:
+            raise ConfigError(f"address unix:{path}: a file that is no socket is in the way")
+    except FileNotFoundError:
+        pass
+    before = os.umask(0o777 & ~SOCKET_MODE)
+    try:
+        _add_port(server, f"{UNIX_PREFIX}{path}")
+    finally:
+        os.umask(before)
+    mode = stat.S_IMODE(os.lstat(path).st_mode)
+    if mode != SOCKET_MODE:
+        raise ConfigError(f"address unix:{path}: the socket has mode {mode:o}, not {SOCKET_MODE:o}")
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """A second server would take a live socket's path over without an error; the lock file stops it.
+
+    The file stays: were it removed, two servers could each lock one of that name.
+    """
+    try:
+        lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"address unix:{path}: {error.strerror}: {error.filename}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConfigError(f"address unix:{path}: another server listens there") from None
+    finally:
+        os.close(lock)
+
+
+def _add_port(server: grpc.aio.Server, address: str) -> int:
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(f"address {address} cannot be opened: is it in use?") from error
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,92 @@
+"""``ControlService``: what a router or a balancer needs to know."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from importlib.metadata import version
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from tidegate.engine.request import Violation
+from tidegate.engine.text import Text
+from tidegate.service import convert
+from tidegate.service.errors import Failure
+from tidegate.service.hub import Hub
+from tidegate.service.intake import TENANT, check_model, seconds
+from tidegate.service.session import SessionLimits
+from tidegate.v1 import control_pb2, control_pb2_grpc
+
+MIN_INTERVAL = 0.01
+DEFAULT_INTERVAL = 1.0
+
+
+class ControlService(control_pb2_grpc.ControlServiceServicer):
+    def __init__(self, hub: Hub, text: Text, limits: SessionLimits, fingerprint: str) -> None:
+        self._hub = hub
+        self._text = text
+        self._limits = limits
+        self._fingerprint = fingerprint
+        self._incarnation = uuid.uuid4().hex
+        self._started_at = Timestamp()
+        self._started_at.FromNanoseconds(time.time_ns())
+
+    async def GetServerInfo(
+        self, request: control_pb2.GetServerInfoRequest, context: object
+    ) -> control_pb2.GetServerInfoResponse:
+        return control_pb2.GetServerInfoResponse(
+            version=version("tidegate"),
+            incarnation=self._incarnation,
+            started_at=self._started_at,
+            draining=self._hub.is_draining,
+            session_limits=self._limits.message(),
+            max_waiting=self._hub.max_waiting,
+        )
+
+    async def GetModelInfo(
+        self, request: control_pb2.GetModelInfoRequest, context: object
+    ) -> control_pb2.GetModelInfoResponse:
+        info = self._hub.info
+        check_model(request.model if request.HasField("model") else None, info.model)
+        return control_pb2.GetModelInfoResponse(
+            model=info.model,
+            architecture=info.architecture,
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            eos_token_ids=info.eos_token_ids,
+            has_chat_template=self._text.has_chat_template,
+            block_size=info.block_size,
+            device_blocks=info.device_blocks,
+            host_blocks=info.host_blocks,
+            kv_bytes_per_token=info.kv_bytes_per_token,
+            device=info.device,
+            dtype=info.dtype,
+            fingerprint=self._fingerprint,
+        )
+
+    async def WatchLoad(
+        self, request: control_pb2.WatchLoadRequest, context: object
+    ) -> AsyncGenerator[control_pb2.WatchLoadResponse]:
+        interval = DEFAULT_INTERVAL
+        if request.HasField("min_interval"):
+            interval = seconds(request.min_interval)
+        if interval < MIN_INTERVAL:
+            raise Failure.invalid([Violation("min_interval", "must be at least 10 ms")])
+        last = None
+        while True:
+            stats, is_draining = self._hub.stats, self._hub.is_draining
+            if last != (stats, is_draining):
+                last = (stats, is_draining)
+                yield control_pb2.WatchLoadResponse(
+                    load=convert.load(stats, is_draining), totals=convert.totals(stats)
+                )
+            await asyncio.sleep(interval)
+
+    async def Abort(self, request: control_pb2.AbortRequest, context: object) -> control_pb2.AbortResponse:
+        if request.HasField("tenant") and request.tenant != TENANT:
+            raise Failure("TENANT_NOT_ALLOWED", "only a router may name another tenant")
+        generation = self._hub.find(TENANT, request.request_id)
+        if generation is None:
+            return control_pb2.AbortResponse(aborted=False)
+        generation.cancel()
+        return control_pb2.AbortResponse(aborted=True)

@@ -1,0 +1,142 @@
+"""Our events in the words of ``tidegate.v1``."""
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+from google.protobuf.duration_pb2 import Duration
+
+from tidegate.engine import messages
+from tidegate.engine.messages import ProgressKind, Stats, TierStats
+from tidegate.engine.request import FinishReason
+from tidegate.service import events
+from tidegate.v1 import control_pb2, events_pb2, inference_pb2
+
+FINISH_REASONS = {
+    FinishReason.STOP_TOKEN: events_pb2.FINISH_REASON_STOP_TOKEN,
+    FinishReason.STOP_STRING: events_pb2.FINISH_REASON_STOP_STRING,
+    FinishReason.MAX_TOKENS: events_pb2.FINISH_REASON_MAX_TOKENS,
+    FinishReason.CONTEXT_LENGTH: events_pb2.FINISH_REASON_CONTEXT_LENGTH,
+    FinishReason.DEADLINE: events_pb2.FINISH_REASON_DEADLINE,
+    FinishReason.CANCELLED: events_pb2.FINISH_REASON_CANCELLED,
+}
+"""All but ``ERROR``, which is a status on the wire."""
+
+PROGRESS_KINDS = {
+    ProgressKind.STALLED: events_pb2.PROGRESS_KIND_STALLED,
+    ProgressKind.PREEMPTED: events_pb2.PROGRESS_KIND_PREEMPTED,
+    ProgressKind.PARKED: events_pb2.PROGRESS_KIND_PARKED,
+    ProgressKind.RESUMED: events_pb2.PROGRESS_KIND_RESUMED,
+    ProgressKind.DROPPED: events_pb2.PROGRESS_KIND_DROPPED,
+}
+
+
+def admitted(event: events.Admitted, with_prompt: bool) -> events_pb2.Admitted:
+    return events_pb2.Admitted(
+        request_id=event.request_id,
+        queue_position=event.queue_position,
+        prompt_tokens=len(event.prompt_token_ids),
+        cached_device_tokens=event.cached_device_tokens,
+        cached_host_tokens=event.cached_host_tokens,
+        seed=event.seed,
+        prompt_token_ids=event.prompt_token_ids if with_prompt else None,
+    )
+
+
+def batch(deltas: Iterable[events.Delta]) -> events_pb2.Batch:
+    return events_pb2.Batch(deltas=map(delta, deltas))
+
+
+def delta(event: events.Delta) -> events_pb2.Delta:
+    message = events_pb2.Delta(
+        request_id=event.request_id,
+        choice=event.choice,
+        offset=event.offset,
+        token_ids=event.token_ids,
+        text=event.text,
+    )
+    if event.logprobs:
+        message.logprobs.extend(map(position_logprobs, event.logprobs))
+    if event.finish_reason is not None:
+        message.finish_reason = FINISH_REASONS[event.finish_reason]
+    return message
+
+
+def position_logprobs(position: messages.PositionLogprobs) -> events_pb2.PositionLogprobs:
+    return events_pb2.PositionLogprobs(chosen=_logprob(position.chosen), top=map(_logprob, position.top))
+
+
+def progress(event: events.Progress) -> events_pb2.Progress:
+    return events_pb2.Progress(
+        request_id=event.request_id, choice=event.choice, kind=PROGRESS_KINDS[event.kind]
+    )
+
+
+def finished(event: events.Finished) -> events_pb2.Finished:
+    return events_pb2.Finished(
+        request_id=event.request_id,
+        choices=map(_choice_end, event.choices),
+        usage=events_pb2.Usage(
+            prompt_tokens=event.usage.prompt_tokens,
+            output_tokens=event.usage.output_tokens,
+            cached_tokens=event.usage.cached_tokens,
+            recomputed_tokens=event.usage.recomputed_tokens,
+            preemptions=event.usage.preemptions,
+        ),
+        timings=events_pb2.Timings(
+            queued=event.timings.queued,
+            to_first_token=event.timings.to_first_token,
+            total=event.timings.total,
+        ),
+    )
+
+
+def completion(end: events.ChoiceEnd, whole: events.Delta | None) -> inference_pb2.Completion:
+    """``whole``: all deltas of the choice as one; None where there were none."""
+    message = inference_pb2.Completion(choice=end.choice, finish_reason=FINISH_REASONS[end.reason])
+    if whole is not None:
+        message.token_ids.extend(whole.token_ids)
+        message.text = whole.text
+        message.logprobs.extend(map(position_logprobs, whole.logprobs or ()))
+    return message
+
+
+def load(stats: Stats, is_draining: bool) -> events_pb2.Load:
+    return events_pb2.Load(
+        waiting=stats.waiting,
+        running=stats.running,
+        stalled=stats.stalled,
+        swapped=stats.swapped,
+        device=_tier(stats.device),
+        host=_tier(stats.host),
+        draining=is_draining,
+    )
+
+
+def totals(stats: Stats) -> control_pb2.Totals:
+    return control_pb2.Totals(
+        **{field.name: getattr(stats, field.name) for field in control_pb2.Totals.DESCRIPTOR.fields}
+    )
+
+
+def duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromTimedelta(timedelta(seconds=seconds))
+    return message
+
+
+def _logprob(one: messages.Logprob) -> events_pb2.Logprob:
+    return events_pb2.Logprob(token_id=one.token_id, logprob=one.logprob, rank=one.rank)
+
+
+def _choice_end(end: events.ChoiceEnd) -> events_pb2.ChoiceEnd:
+    return events_pb2.ChoiceEnd(
+        choice=end.choice,
+        reason=FINISH_REASONS[end.reason],
+        output_tokens=end.output_tokens,
+        stop_string=end.stop_string,
+        stop_token_id=end.stop_token_id,
+    )
+
+
+def _tier(stats: TierStats) -> events_pb2.TierLoad:
+    return events_pb2.TierLoad(total=stats.total, free=stats.free, reclaimable=stats.reclaimable)

@@ -1,0 +1,214 @@
+"""The meeting point of all requests and the engine: the one reader of its output, the one writer.
+
+Everything here runs on one asyncio loop and without a pause inside a step's output, so that what one
+step gave to a stream reaches its writer together.
+"""
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from tidegate.engine.client import EngineClient, EngineGone
+from tidegate.engine.messages import Command, Stats, StepOutput, Submit
+from tidegate.engine.request import FinishReason, Request, SamplingParams
+from tidegate.engine.text import Text
+from tidegate.service.errors import Failure, log_unexpected
+from tidegate.service.events import Outbox
+from tidegate.service.generation import Generation
+
+RETRY_SECONDS = (0.5, 30.0)
+"""The shortest and the longest time after which a refused client is told to come back."""
+RESTART_SECONDS = 5.0
+"""After a drain or a lost engine: about the time in which another server, or this one again, is up."""
+
+
+class Hub:
+    """Registers requests, passes them to the engine, and takes its output apart."""
+
+    def __init__(self, engine: EngineClient, text: Text, max_waiting: int) -> None:
+        self.info = engine.info
+        self.stats = Stats()
+        self.max_waiting = max_waiting
+        self.is_draining = False
+        self._engine = engine
+        self._text = text
+        self._generations: dict[tuple[str, str], Generation] = {}
+        """All that are under way, by tenant and request id."""
+        self._submitted: dict[str, Generation] = {}
+        """Those that the engine knows, by its own ids. What it says of others comes too late."""
+        self._waiting: set[Generation] = set()
+        self._admission_times: deque[float] = deque(maxlen=64)
+        self._engine_ids = (f"r{number}" for number in itertools.count())
+        self._is_gone = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def open(
+        self,
+        request_id: str,
+        tenant: str,
+        outbox: Outbox,
+        *,
+        num_choices: int,
+        credit: int | None,
+        unread: int | None,
+        time_limit: float | None,
+    ) -> Generation:
+        """Register a request whose content is still to come.
+
+        Raises ``Failure``: DRAINING, ENGINE_GONE, REQUEST_ID_IN_USE, QUEUE_FULL.
+        """
+        if self._is_gone:
+            raise _engine_gone()
+        if self.is_draining:
+            raise draining()
+        key = (tenant, request_id)
+        if key in self._generations:
+            raise Failure("REQUEST_ID_IN_USE", "a request with this id is under way")
+        if len(self._waiting) >= self.max_waiting:
+            raise Failure("QUEUE_FULL", "too many requests wait already", retry_after=self._retry_after())
+        generation = Generation(
+            request_id,
+            tenant,
+            outbox,
+            num_choices=num_choices,
+            credit=credit,
+            unread=unread,
+            time_limit=time_limit,
+            send=self._send,
+            on_end=self._forget,
+        )
+        self._generations[key] = generation
+        self._waiting.add(generation)
+        self._idle.clear()
+        return generation
+
+    def submit(
+        self,
+        generation: Generation,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        output_token_ids: list[int],
+        sample_index: int,
+        priority: int,
+    ) -> None:
+        """Give a registered request its content and pass it to the engine, unless it has ended since."""
+        if generation.is_ended:
+            return
+        engine_id = next(self._engine_ids)
+        request = Request(
+            id=engine_id,
+            prompt_token_ids=prompt_token_ids,
+            params=params,
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            sample_index=sample_index,
+            tenant=generation.tenant,
+            priority=priority,
+            deadline=generation.deadline,
+            output_token_ids=output_token_ids,
+        )
+        generation.prepare(request, self._text, len(self._waiting) - 1, self.info.eos_token_ids)
+        if generation.is_ended:
+            return
+        generation.engine_id = engine_id
+        self._submitted[engine_id] = generation
+        self._send(Submit(request))
+
+    def find(self, tenant: str, request_id: str) -> Generation | None:
+        return self._generations.get((tenant, request_id))
+
+    def __iter__(self) -> Iterator[Generation]:
+        """All requests that are under way."""
+        return iter(list(self._generations.values()))
+
+    async def idle(self) -> None:
+        """Wait until no request is under way."""
+        await self._idle.wait()
+
+    async def run(self) -> None:
+        """Read the engine's output until it is gone; then every request has ended.
+
+        Raises ``EngineGone``.
+        """
+        try:
+            while True:
+                self._apply(await self._engine.receive())
+                # An engine that is ahead must not keep the writers from their turn.
+                await asyncio.sleep(0)
+        finally:
+            self._is_gone = True
+            for generation in self:
+                generation.on_gone(_engine_gone())
+
+    def _apply(self, output: StepOutput) -> None:
+        for refused in output.refused:
+            if generation := self._submitted.get(refused.request_id):
+                generation.on_refused(refused)
+        for admitted in output.admitted:
+            if generation := self._submitted.get(admitted.request_id):
+                self._waiting.discard(generation)
+                self._admission_times.append(time.monotonic())
+                generation.on_admitted(admitted)
+        reasons = {
+            (finished.request_id, finished.choice): finished.reason
+            for finished in output.finished
+            if finished.reason is not FinishReason.ERROR
+        }
+        for delta in output.deltas:
+            if generation := self._submitted.get(delta.request_id):
+                try:
+                    generation.on_delta(delta, reasons.get((delta.request_id, delta.choice)))
+                except Exception as error:  # noqa: BLE001  one request's text must not end the others
+                    log_unexpected("output of a request failed", error, request_id=generation.request_id)
+                    generation.fail(Failure.internal())
+        for progress in output.progress:
+            if generation := self._submitted.get(progress.request_id):
+                generation.on_progress(progress)
+        # First all last deltas, then all ends: a writer then sends the deltas of a step as one message.
+        ended = [
+            (self._submitted[finished.request_id], finished)
+            for finished in output.finished
+            if finished.request_id in self._submitted
+        ]
+        for generation, finished in ended:
+            generation.on_choice_end(finished)
+        for generation, _ in ended:
+            generation.finish_if_confirmed()
+        if output.stats is not None:
+            self.stats = output.stats
+
+    def _send(self, command: Command) -> None:
+        try:
+            self._engine.send((command,))
+        except EngineGone:
+            # The reader meets the same end, and there every request is told.
+            return
+
+    def _forget(self, generation: Generation) -> None:
+        del self._generations[generation.tenant, generation.request_id]
+        self._waiting.discard(generation)
+        if generation.engine_id is not None:
+            del self._submitted[generation.engine_id]
+        if not self._generations:
+            self._idle.set()
+
+    def _retry_after(self) -> float:
+        """Seconds in which a tenth of the queue will have gone, at the pace of the last admissions."""
+        shortest, longest = RETRY_SECONDS
+        if len(self._admission_times) < 2:
+            return shortest
+        seconds = time.monotonic() - self._admission_times[0]
+        pace = len(self._admission_times) / max(seconds, 1e-3)
+        return min(max(len(self._waiting) / 10 / pace, shortest), longest)
+
+
+def draining() -> Failure:
+    return Failure("DRAINING", "the server is about to stop", retry_after=RESTART_SECONDS)
+
+
+def _engine_gone() -> Failure:
+    return Failure("ENGINE_GONE", "the engine has ended", retry_after=RESTART_SECONDS)

@@ -1,0 +1,149 @@
+"""``InferenceService``: text and tokens for applications."""
+
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+
+import grpc.aio
+
+from tidegate.engine.text import Text
+from tidegate.service import convert, events
+from tidegate.service.events import Outbox, coalesce
+from tidegate.service.generation import Generation
+from tidegate.service.intake import Intake
+from tidegate.service.session import Sessions
+from tidegate.v1 import inference_pb2, inference_pb2_grpc, session_pb2
+
+UNREAD_TOKENS = 1024
+"""How far ``Generate`` runs ahead of what its stream takes, for each choice."""
+DEADLINE_MARGIN = 0.05
+"""Seconds, or this part of the whole if that is less: the last message must arrive in time."""
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    def __init__(self, text: Text, intake: Intake, sessions: Sessions) -> None:
+        self._text = text
+        self._intake = intake
+        self._sessions = sessions
+
+    async def Session(
+        self,
+        request_iterator: AsyncIterator[session_pb2.SessionRequest],
+        context: object,
+    ) -> AsyncGenerator[session_pb2.SessionResponse]:
+        async with contextlib.aclosing(self._sessions.serve(request_iterator)) as responses:
+            async for response in responses:
+                yield response
+
+    async def Generate(
+        self,
+        request: inference_pb2.GenerateRequest,
+        context: "grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]",
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
+        outbox = Outbox()
+        generation = self._open(request, outbox, UNREAD_TOKENS, context.time_remaining())
+        try:
+            await self._intake.submit(generation, request)
+            ended = False
+            while not ended:
+                for event in coalesce(await outbox.take()):
+                    # A refusal is raised before anything was written: it goes out without headers.
+                    yield _response(event, request.return_prompt_token_ids)
+                    if isinstance(event, list):
+                        for delta in event:
+                            generation.delivered(delta.choice, delta.end_offset)
+                    ended = isinstance(event, events.Finished)
+        finally:
+            generation.abandon()
+
+    async def GenerateUnary(
+        self,
+        request: inference_pb2.GenerateUnaryRequest,
+        context: "grpc.aio.ServicerContext[inference_pb2.GenerateUnaryRequest, "
+        "inference_pb2.GenerateUnaryResponse]",
+    ) -> inference_pb2.GenerateUnaryResponse:
+        outbox = Outbox()
+        generation = self._open(request, outbox, None, context.time_remaining())
+        try:
+            await self._intake.submit(generation, request)
+            return await _collect(outbox, request.return_prompt_token_ids)
+        finally:
+            generation.abandon()
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: object
+    ) -> inference_pb2.TokenizeResponse:
+        self._intake.check_model(request)
+        return inference_pb2.TokenizeResponse(token_ids=await self._intake.token_ids(request.prompt))
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: object
+    ) -> inference_pb2.DetokenizeResponse:
+        self._intake.check_model(request)
+        self._intake.check_token_ids("token_ids", request.token_ids)
+        skip_special_tokens = request.skip_special_tokens or not request.HasField("skip_special_tokens")
+        text = await self._text.decode_async(list(request.token_ids), skip_special_tokens)
+        return inference_pb2.DetokenizeResponse(text=text)
+
+    async def CountTokens(
+        self, request: inference_pb2.CountTokensRequest, context: object
+    ) -> inference_pb2.CountTokensResponse:
+        self._intake.check_model(request)
+        return inference_pb2.CountTokensResponse(tokens=len(await self._intake.token_ids(request.prompt)))
+
+    def _open(
+        self,
+        request: inference_pb2.GenerateRequest | inference_pb2.GenerateUnaryRequest,
+        outbox: Outbox,
+        unread: int | None,
+        remaining: float | None,
+    ) -> Generation:
+        """``remaining``: seconds until the RPC's deadline."""
+        request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
+        limit = None
+        if remaining is not None:
+            limit = remaining - min(DEADLINE_MARGIN, DEADLINE_MARGIN * remaining)
+        return self._intake.open(request_id, request, outbox, credit=None, unread=unread, time_limit=limit)
+
+
+def _response(event: events.Notice | list[events.Delta], with_prompt: bool) -> inference_pb2.GenerateResponse:
+    """Raises the failure of ``Failed``: here it is the RPC's own end."""
+    match event:
+        case list():
+            return inference_pb2.GenerateResponse(batch=convert.batch(event))
+        case events.Admitted():
+            return inference_pb2.GenerateResponse(admitted=convert.admitted(event, with_prompt))
+        case events.Progress():
+            return inference_pb2.GenerateResponse(progress=convert.progress(event))
+        case events.Finished():
+            return inference_pb2.GenerateResponse(finished=convert.finished(event))
+        case events.Failed():
+            raise event.failure
+        case _:
+            raise TypeError(f"{type(event).__name__} is an event of sessions")
+
+
+async def _collect(outbox: Outbox, with_prompt: bool) -> inference_pb2.GenerateUnaryResponse:
+    """Everything until the end, as one answer. Raises the failure of ``Failed``."""
+    response = inference_pb2.GenerateUnaryResponse()
+    whole: dict[int, events.Delta] = {}
+    while True:
+        for event in await outbox.take():
+            match event:
+                case events.Delta():
+                    if event.choice in whole:
+                        whole[event.choice].absorb(event)
+                    else:
+                        whole[event.choice] = event
+                case events.Admitted():
+                    response.admitted.CopyFrom(convert.admitted(event, with_prompt))
+                case events.Finished():
+                    response.finished.CopyFrom(convert.finished(event))
+                    response.completions.extend(
+                        convert.completion(end, whole.get(end.choice)) for end in event.choices
+                    )
+                    return response
+                case events.Failed():
+                    raise event.failure
+                case _:
+                    pass  # progress is of no use to one who waits for the whole

@@ -1,0 +1,251 @@
+"""From a message to a request: what is wrong with it (all at once), its token ids, its parameters."""
+
+from collections.abc import Sequence
+
+from google.protobuf.duration_pb2 import Duration
+
+from tidegate.engine.request import MAX_CHOICES, InvalidRequest, SamplingParams, Violation
+from tidegate.engine.text import Text
+from tidegate.service.errors import Failure, log_unexpected
+from tidegate.service.events import Outbox
+from tidegate.service.generation import Generation
+from tidegate.service.hub import Hub
+from tidegate.v1 import inference_pb2, prompt_pb2, sampling_pb2, session_pb2
+
+TENANT = "local"
+"""Whoever reaches a server without credentials. Others come with authentication."""
+
+MAX_REQUEST_ID_CHARS = 256
+
+RequestMessage = session_pb2.Start | inference_pb2.GenerateRequest | inference_pb2.GenerateUnaryRequest
+"""The messages that start a request; they share the names of their fields."""
+
+SCALARS = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "max_tokens",
+    "min_tokens",
+    "include_stop",
+    "ignore_eos",
+    "logprobs",
+    "skip_special_tokens",
+)
+"""Sampling fields with explicit presence, named alike on both sides; absent ones keep our default."""
+
+NOT_YET_SUPPORTED = (
+    "prompt_logprobs",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "structured_output",
+)
+
+
+class Intake:
+    """Takes requests in, for every RPC that starts one."""
+
+    def __init__(self, hub: Hub, text: Text) -> None:
+        self._hub = hub
+        self._text = text
+
+    def open(
+        self,
+        request_id: str,
+        message: RequestMessage,
+        outbox: Outbox,
+        *,
+        credit: int | None,
+        unread: int | None,
+        time_limit: float | None = None,
+    ) -> Generation:
+        """Register the request; its events go to ``outbox``. Raises ``Failure`` where it is refused at once.
+
+        ``time_limit``: seconds that the RPC leaves, beside the message's own limit.
+        """
+        self.check_model(message)
+        if not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS:
+            text = f"must have 1 to {MAX_REQUEST_ID_CHARS} characters"
+            raise Failure.invalid([Violation("request_id", text), *self._violations(message)])
+        limits = [] if time_limit is None else [time_limit]
+        if (limit := seconds(message.time_limit)) > 0:
+            limits.append(limit)
+        return self._hub.open(
+            request_id,
+            TENANT,
+            outbox,
+            num_choices=min(max(message.sampling.n, 1), MAX_CHOICES),
+            credit=credit,
+            unread=unread,
+            time_limit=min(limits, default=None),
+        )
+
+    async def submit(self, generation: Generation, message: RequestMessage) -> None:
+        """Read the content of an open request and pass it on; what is wrong with it ends the request."""
+        try:
+            violations = self._violations(message)
+            prompt_token_ids: list[int] = []
+            try:
+                prompt_token_ids = await self._read_prompt(message.prompt)
+            except InvalidRequest as invalid:
+                violations += invalid.violations
+            else:
+                violations += self._misfits(message, len(prompt_token_ids))
+            if violations:
+                raise Failure.invalid(violations)
+            self._hub.submit(
+                generation,
+                prompt_token_ids,
+                sampling_params(message.sampling),
+                output_token_ids=list(message.generated_token_ids),
+                sample_index=message.sample_index,
+                priority=message.priority,
+            )
+        except Failure as failure:
+            generation.fail(failure)
+        except Exception as error:  # noqa: BLE001  a session has no other place where this would be seen
+            log_unexpected("a request could not be read", error, request_id=generation.request_id)
+            generation.fail(Failure.internal())
+
+    def check_model(
+        self,
+        message: RequestMessage
+        | inference_pb2.TokenizeRequest
+        | inference_pb2.DetokenizeRequest
+        | inference_pb2.CountTokensRequest,
+    ) -> None:
+        check_model(message.model if message.HasField("model") else None, self._hub.info.model)
+
+    async def token_ids(self, prompt: prompt_pb2.Prompt) -> list[int]:
+        """What the model would read. Raises ``Failure``, which names the paths of the message."""
+        try:
+            return await self._read_prompt(prompt)
+        except InvalidRequest as invalid:
+            raise Failure.invalid(invalid.violations) from invalid
+
+    def check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
+        """Raises ``Failure`` where the model does not have one of them."""
+        if violations := self._unknown_ids(field, token_ids):
+            raise Failure.invalid(violations)
+
+    async def _read_prompt(self, prompt: prompt_pb2.Prompt) -> list[int]:
+        """Raises ``InvalidRequest`` with the paths of the message, or ``Failure``."""
+        match prompt.WhichOneof("content"):
+            case "text":
+                try:
+                    return await self._text.encode_async(prompt.text)
+                except InvalidRequest as invalid:
+                    raise _at("prompt.text", "prompt", invalid) from invalid
+            case "token_ids":
+                ids = list(prompt.token_ids.ids)
+                violations = self._unknown_ids("prompt.token_ids.ids", ids)
+                if violations:
+                    raise InvalidRequest(violations)
+                return ids
+            case "chat":
+                return await self._render(prompt.chat)
+            case _:
+                raise InvalidRequest([Violation("prompt", "must hold text, token_ids or chat")])
+
+    async def _render(self, chat: prompt_pb2.Chat) -> list[int]:
+        if not self._text.has_chat_template:
+            raise Failure("NO_CHAT_TEMPLATE", "this model has no chat template: send text or token ids")
+        violations = [
+            Violation(f"prompt.chat.messages[{index}].content[{part_index}]", "must hold text")
+            for index, message in enumerate(chat.messages)
+            for part_index, part in enumerate(message.content)
+            if part.WhichOneof("part") is None
+        ]
+        if violations:
+            raise InvalidRequest(violations)
+        conversation = [
+            {"role": message.role, "content": "".join(part.text for part in message.content)}
+            for message in chat.messages
+        ]
+        add_generation_prompt = chat.add_generation_prompt or not chat.HasField("add_generation_prompt")
+        try:
+            return await self._text.render_chat_async(conversation, add_generation_prompt)
+        except InvalidRequest as invalid:
+            raise _at("prompt.chat.messages", "messages", invalid) from invalid
+
+    def _violations(self, message: RequestMessage) -> list[Violation]:
+        """Everything that is wrong with a message and can be told without its prompt's tokens."""
+        sampling = message.sampling
+        found = sampling_violations(sampling)
+        found += self._unknown_ids("sampling.stop_token_ids", sampling.stop_token_ids)
+        given = message.generated_token_ids
+        found += self._unknown_ids("generated_token_ids", given)
+        if given and sampling.n > 1:
+            found.append(Violation("generated_token_ids", "can be continued with sampling.n = 1 alone"))
+        if given and sampling.HasField("max_tokens") and len(given) > sampling.max_tokens:
+            found.append(Violation("generated_token_ids", "must not be more than sampling.max_tokens"))
+        if message.HasField("time_limit") and seconds(message.time_limit) <= 0:
+            found.append(Violation("time_limit", "must be positive"))
+        if message.HasField("lease"):
+            found.append(Violation("lease", "not supported yet"))
+        return found
+
+    def _misfits(self, message: RequestMessage, prompt_tokens: int) -> list[Violation]:
+        """Refuse what can never fit before it waits for nothing."""
+        longest = self._hub.info.max_model_len
+        if prompt_tokens == 0:
+            return [Violation("prompt", "must give at least one token")]
+        max_tokens = message.sampling.max_tokens
+        if not message.sampling.HasField("max_tokens"):
+            max_tokens = len(message.generated_token_ids) + 1
+        if prompt_tokens + max_tokens <= longest:
+            return []
+        field = "sampling.max_tokens" if prompt_tokens < longest else "prompt"
+        text = f"{prompt_tokens} tokens of prompt and {max_tokens} of output exceed the limit of {longest}"
+        return [Violation(field, text)]
+
+    def _unknown_ids(self, field: str, token_ids: Sequence[int]) -> list[Violation]:
+        """One violation, for the first id that the model does not have."""
+        vocab_size = self._hub.info.vocab_size
+        for index, token_id in enumerate(token_ids):
+            if token_id >= vocab_size:
+                return [Violation(f"{field}[{index}]", f"must be below the vocabulary's size, {vocab_size}")]
+        return []
+
+
+def seconds(duration: Duration) -> float:
+    """Of any value that the message can hold, also of one that is no proper duration."""
+    return duration.seconds + duration.nanos / 1e9
+
+
+def check_model(wanted: str | None, served: str) -> None:
+    if wanted is not None and wanted != served:
+        raise Failure("MODEL_NOT_FOUND", "this server has another model", metadata={"model": served})
+
+
+def sampling_violations(sampling: sampling_pb2.SamplingParams) -> list[Violation]:
+    found = []
+    try:
+        sampling_params(sampling)
+    except InvalidRequest as invalid:
+        found = [Violation(f"sampling.{field}", text) for field, text in invalid.violations]
+    given = {field.name for field, _ in sampling.ListFields()}
+    found += [
+        Violation(f"sampling.{name}", "not supported yet") for name in NOT_YET_SUPPORTED if name in given
+    ]
+    return found
+
+
+def sampling_params(sampling: sampling_pb2.SamplingParams) -> SamplingParams:
+    """Raises ``InvalidRequest`` with the names of the fields alone."""
+    present = {field.name for field, _ in sampling.ListFields()}
+    given = {name: getattr(sampling, name) for name in SCALARS if name in present}
+    return SamplingParams(stop=tuple(sampling.stop), stop_token_ids=tuple(sampling.stop_token_ids), **given)
+
+
+def _at(path: str, field: str, invalid: InvalidRequest) -> InvalidRequest:
+    """The same violations, of a field that has another path in the message."""
+    return InvalidRequest(
+        [Violation(path + v.field.removeprefix(field), v.description) for v in invalid.violations]
+    )

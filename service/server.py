@@ -1,0 +1,291 @@
+"""Assembles the server: ports, interceptors, servicers, health, drain."""
+
+import asyncio
+import contextlib
+import hashlib
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import grpc.aio
+import structlog
+import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tidegate.engine.checkpoint import resolve
+from tidegate.engine.client import EngineClient, EngineGone
+from tidegate.engine.config import ConfigError, EngineConfig
+from tidegate.engine.logging import LogFormat, configure_logging
+from tidegate.engine.messages import EngineInfo
+from tidegate.engine.process import ProcessClient
+from tidegate.engine.text import Text
+from tidegate.service.addresses import check_address, listen
+from tidegate.service.control import ControlService
+from tidegate.service.errors import Guard, log_unexpected
+from tidegate.service.health import HealthService
+from tidegate.service.hub import Hub, draining
+from tidegate.service.inference import InferenceService
+from tidegate.service.intake import Intake
+from tidegate.service.session import SessionLimits, Sessions
+from tidegate.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+MAX_PENDING_REQUESTS = 20_000
+KEEPALIVE_MS = 10_000
+PING_TIMEOUT_MS = 5_000
+STOP_SECONDS = 2.0
+"""For RPCs to write their last messages, once their requests have ended."""
+
+GRPC_OPTIONS = (
+    # Two servers would share a port without a word.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # By default a burst of opens loses a part, which the clients see as CANCELLED.
+    ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_REQUESTS),
+    # A half-open connection is noticed within the sum of the two; without a ping timeout of its own it
+    # would take a minute.
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+    # Gateways ping idle connections; that is no abuse.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+)
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    engine: EngineConfig
+    addresses: tuple[str, ...] = ("127.0.0.1:50051",)
+    """``HOST:PORT`` or ``unix:PATH``. Without TLS and credentials, which this version does not have,
+    only loopback addresses and sockets, unless ``insecure``."""
+    insecure: bool = False
+    reflection: bool = False
+    drain_grace: float = 30.0
+    """Seconds that requests under way may take to finish after SIGTERM or SIGINT."""
+    log_format: LogFormat = "console"
+
+    def __post_init__(self) -> None:
+        """Raises ``ConfigError``."""
+        if not self.addresses:
+            raise ConfigError("addresses must name at least one address")
+        for address in self.addresses:
+            check_address(address, self.insecure)
+        if self.drain_grace < 0:
+            raise ConfigError(f"drain_grace must not be negative; got {self.drain_grace}")
+
+
+class Server:
+    """A server that listens. Made by ``start_server``."""
+
+    def __init__(
+        self,
+        grpc_server: grpc.aio.Server,
+        hub: Hub,
+        sessions: Sessions,
+        health: HealthService,
+        ports: contextlib.ExitStack,
+        addresses: list[str],
+    ) -> None:
+        self.addresses = addresses
+        """With the ports that were chosen for port 0."""
+        self.engine_ended = asyncio.create_task(hub.run())
+        """Fails once the engine is gone. Every request has ended by then."""
+        self._grpc_server = grpc_server
+        self._hub = hub
+        self._sessions = sessions
+        self._health = health
+        self._ports = ports
+
+    async def drain(self, grace: float) -> None:
+        """Take nothing new, let requests under way finish within ``grace`` seconds, and stop."""
+        self._hub.is_draining = True
+        await self._health.set_serving(False)
+        self._sessions.go_away(grace)
+        try:
+            await asyncio.wait_for(self._hub.idle(), grace)
+        except TimeoutError:
+            for generation in self._hub:
+                generation.fail(draining())
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End all streams, behind what they still have to say, and give the ports back."""
+        await self._health.set_serving(False)
+        self._sessions.close()
+        await self._grpc_server.stop(STOP_SECONDS)
+        self.engine_ended.cancel()
+        await asyncio.wait({self.engine_ended})
+        self._ports.close()
+
+
+async def start_server(
+    engine: EngineClient,
+    text: Text,
+    *,
+    addresses: Sequence[str],
+    max_waiting: int,
+    reflection_on: bool = False,
+    limits: SessionLimits | None = None,
+) -> Server:
+    """Serve an engine that is ready. Raises ``ConfigError`` where an address cannot be opened.
+
+    Engine and text stay the caller's to close.
+    """
+    limits = limits or SessionLimits(MAX_MESSAGE_BYTES)
+    fingerprint = _fingerprint(engine.info)
+    hub = Hub(engine, text, max_waiting)
+    intake = Intake(hub, text)
+    sessions = Sessions(hub, intake, limits, fingerprint)
+    services = [
+        descriptor.services_by_name[name].full_name
+        for descriptor, name in (
+            (inference_pb2.DESCRIPTOR, "InferenceService"),
+            (control_pb2.DESCRIPTOR, "ControlService"),
+        )
+    ]
+    health = HealthService(services)
+
+    grpc_server = grpc.aio.server(interceptors=[Guard()], options=GRPC_OPTIONS)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+        InferenceService(text, intake, sessions), grpc_server
+    )
+    control_pb2_grpc.add_ControlServiceServicer_to_server(
+        ControlService(hub, text, limits, fingerprint), grpc_server
+    )
+    health_pb2_grpc.add_HealthServicer_to_server(health, grpc_server)
+    if reflection_on:
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection([*services, health_name, reflection.SERVICE_NAME], grpc_server)
+
+    with contextlib.ExitStack() as opening:
+        opened = [opening.enter_context(listen(grpc_server, address)) for address in addresses]
+        await grpc_server.start()
+        ports = opening.pop_all()
+    server = Server(grpc_server, hub, sessions, health, ports, opened)
+    await health.set_serving(True)
+    return server
+
+
+def run(config: ServerConfig) -> int:
+    """``serve`` on uvloop, from the main thread. Returns the exit status."""
+    return uvloop.run(serve(config))
+
+
+async def serve(config: ServerConfig) -> int:
+    """Load the model, serve it until a signal comes, drain. Returns the exit status.
+
+    A start that cannot work, or an engine that ends, is one line in the log and status 1. A second
+    signal ends the process at once.
+    """
+    configure_logging(config.log_format)
+    stopping = asyncio.create_task(_signal())
+    loading = asyncio.create_task(_load(config.engine, config.log_format))
+    await asyncio.wait({stopping, loading}, return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        loading.cancel()
+        await asyncio.wait({loading})
+        return 0
+    try:
+        engine, text = await loading
+    except (ConfigError, EngineGone) as error:
+        _log.error("cannot start", reason=str(error))
+        return 1
+    try:
+        return await _serve(config, engine, text, stopping)
+    finally:
+        await engine.close()
+        text.close()
+
+
+async def _serve(config: ServerConfig, engine: EngineClient, text: Text, stopping: asyncio.Task[None]) -> int:
+    try:
+        server = await start_server(
+            engine,
+            text,
+            addresses=config.addresses,
+            max_waiting=config.engine.max_waiting,
+            reflection_on=config.reflection,
+        )
+    except ConfigError as error:
+        _log.error("cannot start", reason=str(error))
+        return 1
+    _log.info("ready", model=engine.info.model, addresses=server.addresses)
+    await asyncio.wait({stopping, server.engine_ended}, return_when=asyncio.FIRST_COMPLETED)
+    if server.engine_ended.done():
+        await server.stop()
+    else:
+        _log.info("draining", grace=config.drain_grace)
+        await server.drain(config.drain_grace)
+    return _exit_status(server.engine_ended)
+
+
+async def _load(config: EngineConfig, log_format: LogFormat) -> tuple[EngineClient, Text]:
+    """The engine process and, meanwhile in a thread, the tokenizer.
+
+    Raises ``ConfigError``, ``EngineGone``.
+    """
+    started = time.perf_counter()
+    # A hub name is downloaded here, once; the engine then finds it in the cache.
+    folder = await asyncio.to_thread(resolve, config.model)
+    engine, text = await asyncio.gather(
+        ProcessClient.start(config, progress=sys.stderr.isatty(), log_format=log_format),
+        asyncio.to_thread(Text.load, str(folder)),
+        return_exceptions=True,
+    )
+    if isinstance(engine, BaseException):
+        raise engine
+    if isinstance(text, BaseException):
+        await engine.close()
+        raise text
+    seconds = {**engine.info.load_seconds, "total": time.perf_counter() - started}
+    _log.info("loaded", **{f"{name}_s": round(value, 2) for name, value in seconds.items()})
+    return engine, text
+
+
+async def _signal() -> None:
+    """Wait for SIGTERM or SIGINT; the next one then does what it does by default."""
+    loop = asyncio.get_running_loop()
+    received = asyncio.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, received.set)
+    await received.wait()
+    for number in numbers:
+        loop.remove_signal_handler(number)
+
+
+def _exit_status(engine_ended: asyncio.Task[None]) -> int:
+    """Of a server that has stopped: by us, or with its engine."""
+    try:
+        engine_ended.result()
+    except asyncio.CancelledError:
+        _log.info("stopped")
+        return 0
+    except EngineGone as gone:
+        _log.error("the engine has ended", reason=str(gone), exit_code=gone.exit_code)
+    except Exception as error:  # noqa: BLE001  whatever it is, it ends the server
+        log_unexpected("the engine's output could not be read", error)
+    return 1
+
+
+def _fingerprint(info: EngineInfo) -> str:
+    """Of all that decides which tokens come out."""
+    parts = (
+        info.model,
+        info.architecture,
+        info.vocab_size,
+        info.eos_token_ids,
+        info.dtype,
+        info.device,
+        version("tidegate"),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
