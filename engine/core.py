@@ -57,8 +57,7 @@ class EngineCore:
         planned, handle = self._in_flight.popleft()
         try:
             result = handle.result()
-        except Exception as error:
-            # Whatever the model or the device raised: the scheduler retries, then ends the requests.
+        except Exception as error:  # noqa: BLE001  whatever it was: retried, then told to its requests
             self.scheduler.fail(planned, error)
         else:
             self.scheduler.apply(planned, result)

@@ -56,8 +56,8 @@ def size_tiers(
     longest = (device - 1) * block_size
     if longest < min(config.max_model_len or 0, model_len) or longest < 2:
         raise ConfigError(
-            f"device_kv_tokens: the device tier holds {max(0, longest)} tokens of one sequence and a block of "
-            f"{block_size} to spare, less than max_model_len {config.max_model_len or 2}; "
+            f"device_kv_tokens: the device tier holds {max(0, longest)} tokens of one sequence, and a block "
+            f"of {block_size} to spare, less than max_model_len {config.max_model_len or 2}; "
             "raise the one or lower the other"
         )
     return TierSizes(device=device, host=host, max_model_len=min(model_len, longest))

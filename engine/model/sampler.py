@@ -109,7 +109,7 @@ class Sampler:
         ``tokens`` is the table of all rows' tokens, known up to that position. May overwrite the logits.
         """
         logits_RV = logits_RV.float()
-        # A sum is as finite as its terms, and a tenth of the work of looking at each.
+        # A sum is as finite as its terms, and much cheaper than looking at each.
         finite_R = logits_RV.sum(1).isfinite()
 
         parameters_R = self._parameters[rows_R]
