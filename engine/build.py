@@ -61,6 +61,7 @@ def build_engine(config: EngineConfig, progress: bool = False) -> EngineCore:
             park_grace=config.park_grace,
             preemption=config.preemption,
             block_bytes=layout.block_bytes,
+            write_ahead=0,
         ),
         manager,
         eos_token_ids=frozenset(model.config.eos_token_ids),

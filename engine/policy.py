@@ -4,13 +4,28 @@ Nothing here holds state or knows a sequence, so that each rule can be simulated
 its own. Scheduler and core supply the numbers.
 """
 
+import math
 from typing import NamedTuple
 
 RECOMPUTE_BIAS = 0.25
 """How much dearer than recomputing a swap may look and still be chosen: recomputing slows all others."""
 
-GROWTH_HORIZON = 32
-"""Tokens each running sequence is expected to add before room has to be found again."""
+GROWTH_HORIZON = 64
+"""Tokens for which each running sequence is given room to grow, as long as nobody has to be preempted."""
+
+CAUTION_MOST = 4.0
+CAUTION_LEAST = 0.125
+CAUTION_ON_PREEMPTION = 1.5
+CAUTION_A_CALM_STEP = 0.005
+
+WRITE_AHEAD_MARK = 0.85
+"""Share of the device tier in use from which likely victims are written to the host in advance."""
+
+DEMOTE_MARK = 0.05
+"""Share of the device tier that is free below which prefixes of proven use are written in advance."""
+
+DEMOTED_A_STEP = 8
+"""Blocks; a bound on what copying takes from the step beside it."""
 
 IMMUNE_STEPS = 16
 """Steps during which a sequence that just came back is the last of its priority to be preempted."""
@@ -41,9 +56,23 @@ def may_displace(taker: Candidate, victim: Candidate) -> bool:
     return victim.stalled or (victim.priority, -victim.arrival) < (taker.priority, -taker.arrival)
 
 
-def growth_reserve(num_running: int, block_size: int) -> int:
-    """Blocks that the running sequences will want soon; room that a newcomer must leave to them."""
-    return -(-num_running * GROWTH_HORIZON // block_size)
+def growth_reserve(num_running: int, block_size: int, caution: float) -> int:
+    """Blocks that the running sequences will want soon; room that a newcomer must leave to them.
+
+    ``max_tokens`` is no prediction: reserving for it would halve the batch, and most never get there.
+    """
+    return math.ceil(num_running * GROWTH_HORIZON * caution / block_size)
+
+
+def next_caution(caution: float, num_preempted: int) -> float:
+    """How much room to leave from the next step on, having preempted so many in this one.
+
+    Multiplied by each preemption and lowered a little by each calm step, so that it settles where
+    preemptions are rare and blocks do not lie idle for fear of them.
+    """
+    if num_preempted:
+        return min(CAUTION_MOST, caution * CAUTION_ON_PREEMPTION**num_preempted)
+    return max(CAUTION_LEAST, caution - CAUTION_A_CALM_STEP)
 
 
 class Costs(NamedTuple):

@@ -57,6 +57,9 @@ class Limits:
     park_grace: float
     preemption: str
     block_bytes: int
+    write_ahead: int
+    """Blocks of likely victims that may be written to the host in a step, before anybody is preempted.
+    0 where copying takes computing time, as on the CPU device."""
 
 
 @dataclass(slots=True)
@@ -98,6 +101,8 @@ class Scheduler:
         self._bytes_per_second = bytes_per_second
         self._now = now
         self._prefill = Throughput()
+        self._caution = 1.0
+        self._displaced = 0
         self._requests: dict[str, list[Sequence]] = {}
         self._by_table: dict[BlockTable, Sequence] = {}
         self._ready: list[Sequence] = []
@@ -161,7 +166,9 @@ class Scheduler:
         budget = self._plan_prefills(step, budget)
         self._admit(step, budget)
         self._note_truncated()
+        self._copy_ahead()
         self._manager.flush()
+        self._caution, self._displaced = policy.next_caution(self._caution, self._displaced), 0
         if not step.plan.chunks:
             return None
         self._last_step = step.plan.step_id
@@ -299,8 +306,10 @@ class Scheduler:
             seq.status = Status.PARKED if table.blocks else Status.STALLED
             self._idle.add(seq)
             if table.blocks:
+                self._manager.park(table)
                 self._parking.append(seq)
             return
+        self._manager.unpark(table)
         if table.resident:
             # Credit came back within the grace. Nobody could take the blocks of a sequence that waits in
             # the ready queue, so without a row it must not keep them.
@@ -359,7 +368,7 @@ class Scheduler:
             # Looked up anew each time: making room may have cost the prefix.
             known = seq.table.blocks or self._manager.find_prefix(seq.table, seq.tokens)
             extra = self._manager.blocks_for(len(seq.tokens) + 1) - len(known)
-            reserve = policy.growth_reserve(len(self._running), self._manager.block_size)
+            reserve = policy.growth_reserve(len(self._running), self._manager.block_size, self._caution)
             if self._manager.has_room(known, extra + reserve):
                 return known
             if self._room_on_its_way():
@@ -435,6 +444,7 @@ class Scheduler:
             victim = self._victim(partial(policy.may_displace, seq.candidate(self._last_step)))
             if victim is None:
                 return False
+            self._displaced += 1
             self._preempt(victim)
         return True
 
@@ -454,6 +464,23 @@ class Scheduler:
             if may(candidate)
         ]
         return min(ranked, key=lambda pair: pair[0])[1] if ranked else None
+
+    def _copy_ahead(self) -> None:
+        """Write to the host what will have to leave the device soon, so that nobody waits for it then."""
+        manager = self._manager
+        total = manager.device.num_blocks
+        if manager.device.num_free < policy.DEMOTE_MARK * total:
+            manager.demote_prefixes(policy.DEMOTED_A_STEP)
+        most = self._limits.write_ahead
+        if not most or manager.num_available > (1 - policy.WRITE_AHEAD_MARK) * total:
+            return
+        holders = [seq for seq in self._running if seq.table.is_ready]
+        ranked = sorted(self._candidates(holders), key=lambda pair: policy.victim_rank(pair[1]))
+        for seq, _ in ranked:
+            full = seq.table.blocks[: seq.table.num_tokens // manager.block_size]
+            most -= manager.write_ahead(full, most)
+            if most <= 0:
+                return
 
     def _candidates(self, holders: list[Sequence]) -> Iterator[tuple[Sequence, policy.Candidate]]:
         return ((seq, seq.candidate(self._last_step)) for seq in holders)
@@ -517,6 +544,7 @@ class Scheduler:
     def _park(self, seq: Sequence) -> None:
         """Without credit for longer than the grace, or under pressure: its KV goes to the host tier."""
         seq.status = Status.PARKED
+        self._manager.park(seq.table)
         self._manager.suspend(seq.table)
         self._parking.append(seq)
 

@@ -33,6 +33,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, KeysView, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import NamedTuple
 
 from tidegate.engine.memory.copies import CopyOp, Transfer
@@ -127,6 +128,8 @@ class Block:
     """The last step that may use the device slot on behalf of a table that has since let go of it."""
     failures: int = 0
     """Write-backs that failed in a row."""
+    hits: int = 0
+    """How often a sequence began with this block as a known prefix."""
 
     @property
     def state(self) -> State:
@@ -202,6 +205,7 @@ class BlockManager:
         self._next_ticket = 1
         self._collected = 0
         self._truncated: dict[BlockTable, None] = {}
+        self._parked: OrderedDict[BlockTable, None] = OrderedDict()
         # Blocks by what may be taken from them, least recently used first. Kept by ``_settle`` alone.
         self._evictable: OrderedDict[Block, None] = OrderedDict()
         self._evictable_parked: OrderedDict[Block, None] = OrderedDict()
@@ -271,6 +275,7 @@ class BlockManager:
         """
         for block in blocks:
             block.holders[table] = None
+            block.hits += 1
         table.blocks.extend(blocks)
         table.num_tokens = len(blocks) * self.block_size
         self.resume(table)
@@ -306,6 +311,16 @@ class BlockManager:
                 if self._index.add(table.keys[i], table.blocks[i]):
                     table.blocks[i].key = table.keys[i]
 
+    def park(self, table: BlockTable) -> None:
+        """Only its client can want this table back, and may never do so: where the host tier is full, the
+        tables parked longest ago give up their tails to those that will run by themselves.
+        """
+        self._parked[table] = None
+
+    def unpark(self, table: BlockTable) -> None:
+        """Its client wants it back."""
+        self._parked.pop(table, None)
+
     def suspend(self, table: BlockTable) -> None:
         """Let go of the device: dirty blocks are written back, and each slot is free once it is clean.
 
@@ -330,6 +345,7 @@ class BlockManager:
         The caller has asked ``has_room``. ``is_ready`` turns true when all have arrived.
         """
         table.resident = True
+        self.unpark(table)
         # From the tail, so that of the copies that the host still holds the head's are dropped last.
         for block in reversed(table.blocks):
             block.resident += 1
@@ -357,6 +373,7 @@ class BlockManager:
             self._let_go(block, table)
         table.resident = False
         table.loading = 0
+        self.unpark(table)
         self._truncated.pop(table, None)
 
     def trim(self, table: BlockTable) -> None:
@@ -407,7 +424,7 @@ class BlockManager:
             self._settle(block)
 
     def _write_back(self, block: Block, source: Slot) -> None:
-        index = block.host.index if block.host is not None else self._take_host()
+        index = block.host.index if block.host is not None else self._take_host(block)
         if index is None:
             self._lose(block)
             return
@@ -415,6 +432,28 @@ class BlockManager:
             block.host = Slot(index)
             self._order(block, to_host=True, valid_len=source.valid_len)
         self._settle(block)
+
+    def write_ahead(self, blocks: Iterable[Block], most: int) -> int:
+        """Copy up to ``most`` of these dirty blocks to the host before anybody has to wait for it.
+
+        Takes only host slots that are free, or hold the one copy of a prefix used longer ago: to drop a
+        copy of what stands next in line itself would go round in circles. How many copies were ordered.
+        """
+        ordered = 0
+        for block in blocks:
+            oldest = next(iter(self._host_prefixes), None)
+            if ordered == most or not (self.host.num_free or (oldest and oldest.device is None)):
+                break
+            source, idle = block.device, block.copy is None and block.failures < MAX_COPY_FAILURES
+            if source is not None and source.valid_len and idle and not block.is_clean:
+                self._write_back(block, source)
+                ordered += 1
+        return ordered
+
+    def demote_prefixes(self, most: int) -> int:
+        """Write ahead those of the next prefixes to be evicted that have been of use before."""
+        next_to_go = list(islice(self._evictable, most))
+        return self.write_ahead((block for block in next_to_go if block.hits), most)
 
     def _end_write_back(self, block: Block, copy: Copy, ok: bool) -> None:
         with _Transition(self, block, Event.COPIED_OUT if ok else Event.COPY_OUT_FAILED):
@@ -469,19 +508,39 @@ class BlockManager:
             self._evict(next(iter(queue)))
         return self.device.take()
 
-    def _take_host(self) -> int | None:
-        if self.host.num_free == 0:
+    def _take_host(self, block: Block) -> int | None:
+        """A host slot for the block; unless it is itself parked, also at the cost of those that are."""
+        may_displace = any(holder not in self._parked for holder in block.holders)
+        while self.host.num_free == 0:
             # Prefixes first; then copies of blocks that are on the device as well.
             queue = self._host_prefixes or self._host_mirrors
-            if not queue:
+            if queue:
+                self._drop_host(next(iter(queue)))
+            elif may_displace and self._parked:
+                self._drop_tail(next(iter(self._parked)))
+            else:
                 return None
-            block = next(iter(queue))
-            with _Transition(self, block, Event.DROP_HOST):
-                self._give_host(block)
-            if block.device is None:
-                self._forget(block)
-            self._settle(block)
         return self.host.take()
+
+    def _drop_host(self, block: Block) -> None:
+        with _Transition(self, block, Event.DROP_HOST):
+            self._give_host(block)
+        if block.device is None:
+            self._forget(block)
+        self._settle(block)
+
+    def _drop_tail(self, table: BlockTable) -> None:
+        """A parked table gives up its last block; what lies before it stays of use."""
+        if not table.blocks:
+            self.unpark(table)
+            return
+        block = table.blocks.pop()
+        table.num_tokens = min(table.num_tokens, len(table.blocks) * self.block_size)
+        self._truncated[table] = None
+        del block.holders[table]
+        # Nothing changes for others who hold it: the table was not resident.
+        if not block.holders:
+            self._settle(block)
 
     def _evict(self, block: Block) -> None:
         with _Transition(self, block, Event.EVICT):
@@ -594,6 +653,7 @@ class BlockManager:
                 self._check_held(table, i, block)
             loading = sum(b.copy is not None and not b.copy.to_host for b in table.blocks)
             _require(table.loading == (loading if table.resident else 0), "a table's loads are miscounted")
+            _require(not (table.resident and table in self._parked), "a resident table counts as parked")
         for block in blocks:
             _require(block.holders.keys() == holders.get(block, set()), "a block's holders are miscounted")
             _require(block.resident == sum(t.resident for t in block.holders), "a resident count is off")

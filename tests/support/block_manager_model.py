@@ -180,7 +180,9 @@ class BlockManagerModel:
         device, host = index_of(block.device), index_of(block.host)
         require(all(device != d and host != h for d, h in self._copying.values()), "two copies share a slot")
         if event is Event.WRITE_BACK:
-            require(self._used_by_steps[device] == 0, "a slot is written back under a step")
+            # A step only reads what is full, and so may the copy; anything else it may be writing to.
+            is_full = block.device is not None and block.device.valid_len == self.block_size
+            require(is_full or self._used_by_steps[device] == 0, "a slot is written back under a step")
             self.transfer.host[host] = [POISON] * self.block_size
         self._copying[block] = (device, host)
 
@@ -236,6 +238,22 @@ class BlockManagerModel:
         table = self._pick(self.parked).table
         if self.manager.has_room(table.blocks, self.choose(2)):
             self.manager.resume(table)
+
+    def park(self) -> None:
+        """A client lets its sequence wait: it goes first where the host tier is full."""
+        self.manager.park(self._pick(self.parked).table)
+
+    def unpark(self) -> None:
+        self.manager.unpark(self._pick(self.parked).table)
+
+    def write_ahead(self) -> None:
+        """Full blocks of a sequence that may run are copied before they have to leave."""
+        table = self._pick(self.ready).table
+        full = table.blocks[: table.num_tokens // self.block_size]
+        self.manager.write_ahead(full, 1 + self.choose(3))
+
+    def demote(self) -> None:
+        self.manager.demote_prefixes(1 + self.choose(3))
 
     def release(self) -> None:
         """The end of a sequence, at any moment."""
@@ -417,7 +435,7 @@ class BlockManagerModel:
             self._check_content(sequence)
 
     def _check_truncated(self) -> None:
-        truncated = self.manager.take_truncated()
+        truncated = set(self.manager.take_truncated())
         for sequence in self.sequences:
             table = sequence.table
             if table in truncated:
@@ -461,6 +479,10 @@ RULES = (
     Rule(BlockManagerModel.fork, 2, lambda m: 0 < len(m.sequences) < MAX_SEQUENCES),
     Rule(BlockManagerModel.suspend, 4, lambda m: m.idle),
     Rule(BlockManagerModel.resume, 6, lambda m: m.parked),
+    Rule(BlockManagerModel.park, 2, lambda m: m.parked),
+    Rule(BlockManagerModel.unpark, 1, lambda m: m.parked),
+    Rule(BlockManagerModel.write_ahead, 2, lambda m: m.ready),
+    Rule(BlockManagerModel.demote, 2, lambda m: True),
     Rule(BlockManagerModel.release, 2, lambda m: m.sequences),
     Rule(BlockManagerModel.recompute, 1, lambda m: m.sequences),
     Rule(BlockManagerModel.launch, 14, lambda m: m.ready and len(m.steps) < PIPELINE_DEPTH),

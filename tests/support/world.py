@@ -222,6 +222,7 @@ class World:
     park_grace: float = 0.05
     preemption: str = "auto"
     prefix_caching: bool = True
+    write_ahead: int = 4
     faults: Faults = field(default_factory=Faults)
 
     def __post_init__(self) -> None:
@@ -246,6 +247,7 @@ class World:
                 park_grace=self.park_grace,
                 preemption=self.preemption,
                 block_bytes=1024,
+                write_ahead=self.write_ahead,
             ),
             self.manager,
             eos_token_ids=frozenset({EOS}),
