@@ -1,0 +1,61 @@
+# Every target sets up what it needs, so any of them works first in a fresh clone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WHEEL_ENV := .cache/wheel-env
+
+# Keeps the repository's root off sys.path, where transformers would take our kernels/ for the package
+# of that name in its ecosystem.
+export PYTHONSAFEPATH := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install protos demo check test wheel-env bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## Make .venv with the server and the tools of development
+
+$(VENV)/.installed: pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input \
+		--constraint .ci/constraints.txt --editable '.[server,dev]'
+	touch $@
+
+protos: $(VENV)/.protos ## Make the gRPC stubs again where a .proto changed
+
+$(VENV)/.protos: $(wildcard protos/tidegate/*/*.proto) protos/hatch_build.py $(VENV)/.installed
+	$(BIN)/python protos/hatch_build.py
+	touch $@
+
+demo: protos ## Serve the demo checkpoint and watch eight conversations, one of them parked
+	$(BIN)/tidegate demo
+
+check: protos ## Lint, types, direction of imports, protos
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo # its cache misses new modules
+	$(BIN)/buf lint protos
+	$(BIN)/buf format --diff --exit-code protos
+
+test: check wheel-env ## The checks, then every test against the built wheel
+	$(WHEEL_ENV)/bin/python -m pytest
+
+# An environment in which the built wheel alone provides tidegate. The .pth file lends it the libraries
+# of .venv; Python does not follow the editable install's own .pth from there.
+wheel-env: protos
+	rm -rf $(WHEEL_ENV) .cache/dist
+	$(BIN)/hatchling build --target wheel --directory .cache/dist
+	$(BIN)/python -m venv --without-pip $(WHEEL_ENV)
+	$(BIN)/python -m pip --python $(WHEEL_ENV) install --quiet --disable-pip-version-check --no-deps .cache/dist/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .cache/libraries.pth
+	mv .cache/libraries.pth $(WHEEL_ENV)/lib/python3*/site-packages/
+
+bench: protos ## Offline throughput of the demo checkpoint, as JSON in .cache/
+	mkdir -p .cache
+	$(BIN)/tidegate bench offline --model demo --requests 64 --input-len 128 --output-len 64 --json .cache/bench.json
+
+clean: ## Remove what the targets made
+	rm -rf $(VENV) .cache dist
