@@ -534,3 +534,72 @@ def test_the_walk_tells_a_forgotten_table() -> None:
     rig.run([1, 2])
     with pytest.raises(RuntimeError, match="holders are miscounted"):
         rig.manager.check_integrity([])
+
+
+# Ahead of need, and who goes first where the host is full
+
+
+def test_full_blocks_are_written_ahead_while_steps_read_them_and_leave_at_once() -> None:
+    rig = Rig(4, 4)
+    table = rig.run([1, 2, 3, 4, 5])
+    assert rig.manager.write_ahead(table.blocks[:2], 8) == 2
+    rig.copy_all()
+    assert states(table) == [State.CLEAN, State.CLEAN, State.DIRTY]
+    rig.manager.suspend(table)
+    assert rig.manager.num_reclaimable == 2
+    assert rig.manager.num_draining == 1
+    rig.check()
+
+
+def test_only_prefixes_that_were_of_use_are_written_before_they_are_evicted() -> None:
+    rig = Rig(8, 8)
+    rig.release(rig.run([1, 2, 3, 4, 9]))
+    rig.release(rig.run([5, 6, 7, 8, 9]))
+    rig.release(rig.run([1, 2, 3, 4, 8]))
+    assert rig.manager.demote_prefixes(8) == 2
+    rig.copy_all()
+    rig.release(rig.run(range(100, 116)))
+    again = rig.admit([1, 2, 3, 4, 7])
+    assert states(again) == [State.LOADING, State.LOADING]
+    rig.copy_all()
+    assert again.is_ready
+    rig.check()
+
+
+def test_writing_ahead_never_goes_round_in_circles() -> None:
+    """More prefixes stand in line than the host holds: their own copies are not dropped for one another."""
+    rig = Rig(8, 2)
+    for _ in range(2):
+        rig.release(rig.run([1, 2, 3, 4, 9]))
+        rig.release(rig.run([5, 6, 7, 8, 9]))
+    assert rig.manager.demote_prefixes(8) == 2
+    rig.copy_all()
+    assert rig.manager.demote_prefixes(8) == 0
+    rig.check()
+
+
+def test_where_the_host_is_full_the_longest_parked_gives_up_its_tail() -> None:
+    rig = Rig(12, 4)
+    first, second, runner = rig.run([1, 2, 3, 4]), rig.run([5, 6, 7, 8]), rig.run([9, 10])
+    for table in (first, second):
+        rig.manager.park(table)
+        rig.park(table)
+    rig.park(runner)
+    assert (first.num_tokens, second.num_tokens, runner.num_tokens) == (2, 4, 2)
+    assert rig.manager.take_truncated() == {first}
+    rig.check()
+
+
+def test_a_parked_table_displaces_nobody_and_one_that_is_wanted_back_is_safe() -> None:
+    rig = Rig(12, 2)
+    first, second = rig.run([1, 2, 3, 4]), rig.run([5, 6])
+    rig.manager.park(first)
+    rig.park(first)
+    rig.manager.park(second)
+    rig.park(second)
+    assert (first.num_tokens, second.num_tokens) == (4, 0)
+    rig.manager.unpark(first)
+    third = rig.run([7, 8])
+    rig.park(third)
+    assert (first.num_tokens, third.num_tokens) == (4, 0)
+    rig.check()
