@@ -92,9 +92,9 @@ class ProcessClient:
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, address, str(os.getpid()), msgspec.json.encode(start)],
             stdin=subprocess.DEVNULL,
-            # Threads that wait for one another sleep instead of spinning: the front and the application
+            # Threads that wait for one another spin briefly, then sleep: the front and the application
             # beside it share these cores, and a spinning thread holds up the one that it waits for.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+            env={"GOMP_SPINCOUNT": "20000", **os.environ},
             # Signals to the front's group, from a terminal or a supervisor, are the front's to answer.
             process_group=0,
         )

@@ -1,0 +1,156 @@
+"""``tidegate serve | generate | chat | bench | demo``.
+
+What imports torch is reached through the package's lazy names alone, so that help, the client's
+commands and the serving front start without it.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import fields as dataclass_fields
+from types import FrameType
+from typing import Any
+
+try:
+    import msgspec
+except ModuleNotFoundError:
+    # The script is installed with the client alone, too.
+    sys.exit("tidegate: error: the command needs the server's libraries: pip install 'tidegate[server]'")
+
+import tidegate
+from tidegate.engine.config import BLOCK_SIZES, DEVICES, DTYPES, PREEMPTIONS, ConfigError, EngineConfig
+from tidegate.engine.request import InvalidRequest
+from tidegate.service import bench, console, demo, server
+from tidegate.service.client import TidegateError, Unavailable
+from tidegate.service.launch import LaunchFailed
+from tidegate.service.server import ServerConfig
+
+OK, FAILED, INTERRUPTED = 0, 1, 130
+
+_DEFAULTS = {field.name: field.default for field in dataclass_fields(ServerConfig)} | {
+    field.name: field.default for field in msgspec.structs.fields(EngineConfig)
+}
+_FLAG_OF = {name: f"--{name.replace('_', '-')}" for name in _DEFAULTS if name not in ("model", "engine")} | {
+    "addresses": "--listen",
+    "prefix_caching": "--no-prefix-caching",
+}
+"""Fields of the two configurations, and how the command line calls them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status. A failure that the user can do something about is one line on stderr."""
+    args = build_parser().parse_args(argv)
+    if args.run is not serve:
+        # A command that has a server of its own must get to stop it.
+        signal.signal(signal.SIGTERM, _exit)
+        signal.signal(signal.SIGHUP, _exit)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except (ConfigError, InvalidRequest, LaunchFailed, TidegateError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # Whoever read our output has enough. Python would complain once more when it closes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return OK
+        print(f"{args.prog}: error: {_explained(error, args)}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tidegate", description="LLM inference over streaming gRPC, with a KV cache in two tiers."
+    )
+    parser.add_argument("--version", action="version", version=f"tidegate {tidegate.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(prog=command.prog)
+        return command
+
+    _add_serve_arguments(add("serve", "Serve a checkpoint over gRPC until SIGTERM."))
+    console.add_generate_arguments(add("generate", "Continue a text."))
+    console.add_chat_arguments(add("chat", "Talk with a model."))
+    demo.add_arguments(add("demo", "Watch eight conversations share the two tiers of a small server."))
+
+    benches = add("bench", "Measure.").add_subparsers(required=True, metavar="offline | serve")
+    for name, summary, add_arguments in (
+        ("offline", "Throughput in this process.", bench.add_offline_arguments),
+        ("serve", "Throughput and latency of a running server.", bench.add_serve_arguments),
+    ):
+        command = benches.add_parser(name, help=summary, description=summary)
+        command.set_defaults(prog=command.prog)
+        add_arguments(command)
+    return parser
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Exit status 1 where the start cannot work; the reason is the log's last line."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if "addresses" in given:
+        given["addresses"] = tuple(given["addresses"])
+    engine = EngineConfig(**{name: given[name] for name in EngineConfig.__struct_fields__ if name in given})
+    names = {field.name for field in dataclass_fields(ServerConfig)} - {"engine"}
+    config = ServerConfig(engine=engine, **{name: given[name] for name in names if name in given})
+    return server.run(config)
+
+
+def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags are named as the fields of the two configurations, which hold every default."""
+    parser.add_argument("model", metavar="MODEL", help="a folder in Hugging Face format, a hub name, or demo")
+
+    def add(name: str, summary: str, **options: Any) -> None:
+        shown = _DEFAULTS[name]
+        if isinstance(shown, tuple):
+            shown = ", ".join(shown)
+        if shown is not None and not isinstance(shown, bool):
+            summary = f"{summary} (default: {shown})"
+        parser.add_argument(_FLAG_OF[name], dest=name, help=summary, default=None, **options)
+
+    add("addresses", "HOST:PORT or unix:PATH; may be repeated", action="append", metavar="ADDRESS")
+    add("insecure", "listen on addresses that other machines can reach, without TLS", action="store_true")
+    add("reflection", "answer gRPC reflection", action="store_true")
+    add("drain_grace", "seconds that requests may take to finish after SIGTERM", type=float, metavar="S")
+    add("log_format", "for a person or for a machine", choices=("console", "json"))
+    add("device", "where the model runs", choices=DEVICES)
+    add("dtype", "of weights and KV; auto: what the checkpoint says", choices=DTYPES)
+    add(
+        "max_model_len", "prompt and output tokens of one sequence; default: what fits", type=int, metavar="N"
+    )
+    add("block_size", "tokens in a KV block; default: best for the device", type=int, choices=BLOCK_SIZES)
+    add("device_kv_tokens", "size of the device tier; default: from free memory", type=int, metavar="K")
+    host_summary = "size of the host tier, 0 for none; default: twice the device tier"
+    add("host_kv_tokens", host_summary, type=int, metavar="H")
+    add("preemption", "what to do with KV that must go", choices=PREEMPTIONS)
+    add("prefix_caching", "compute every prompt anew", action="store_const", const=False)
+    add("max_num_seqs", "sequences in one step", type=int, metavar="N")
+    add("max_step_tokens", "tokens computed in one step", type=int, metavar="N")
+    add("max_waiting", "requests that may wait", type=int, metavar="N")
+    add("park_grace", "seconds without credit after which KV leaves the device", type=float, metavar="S")
+    add("pipeline_depth", "steps under way at once", type=int, choices=(1, 2))
+    parser.set_defaults(run=serve)
+
+
+def _explained(error: Exception, args: argparse.Namespace) -> str:
+    """In the words of the command line."""
+    if isinstance(error, ConfigError):
+        field, space, rest = str(error).partition(" ")
+        return f"{_FLAG_OF.get(field, field)}{space}{rest}"
+    if isinstance(error, TidegateError) and error.violations:
+        return "; ".join(f"{violation.field}: {violation.description}" for violation in error.violations)
+    if isinstance(error, Unavailable) and not error.reason and "server" in args:
+        return f"no server answers at {args.server}; start one with: tidegate serve demo"
+    return str(error)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
