@@ -10,13 +10,13 @@ from typing import NamedTuple
 RECOMPUTE_BIAS = 0.25
 """How much dearer than recomputing a swap may look and still be chosen: recomputing slows all others."""
 
-GROWTH_HORIZON = 64
+GROWTH_HORIZON = 32
 """Tokens for which each running sequence is given room to grow, as long as nobody has to be preempted."""
 
+CAUTION_AT_START = 0.25
+CAUTION_A_PREEMPTION = 0.05
+CAUTION_KEPT_IN_CALM = 0.95
 CAUTION_MOST = 4.0
-CAUTION_LEAST = 0.125
-CAUTION_ON_PREEMPTION = 1.5
-CAUTION_A_CALM_STEP = 0.005
 
 WRITE_AHEAD_MARK = 0.85
 """Share of the device tier in use from which likely victims are written to the host in advance."""
@@ -67,12 +67,13 @@ def growth_reserve(num_running: int, block_size: int, caution: float) -> int:
 def next_caution(caution: float, num_preempted: int) -> float:
     """How much room to leave from the next step on, having preempted so many in this one.
 
-    Multiplied by each preemption and lowered a little by each calm step, so that it settles where
-    preemptions are rare and blocks do not lie idle for fear of them.
+    Each preemption adds to it and each calm step takes a share of it away, so that it settles where
+    preemptions are rare and blocks do not lie idle for fear of them. A preemption by swap is cheap:
+    on a load that needs four times the device tier, leaving no room at all took the fewest steps.
     """
     if num_preempted:
-        return min(CAUTION_MOST, caution * CAUTION_ON_PREEMPTION**num_preempted)
-    return max(CAUTION_LEAST, caution - CAUTION_A_CALM_STEP)
+        return min(CAUTION_MOST, caution + CAUTION_A_PREEMPTION * num_preempted)
+    return caution * CAUTION_KEPT_IN_CALM
 
 
 class Costs(NamedTuple):

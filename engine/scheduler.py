@@ -101,7 +101,7 @@ class Scheduler:
         self._bytes_per_second = bytes_per_second
         self._now = now
         self._prefill = Throughput()
-        self._caution = 1.0
+        self._caution = policy.CAUTION_AT_START
         self._displaced = 0
         self._requests: dict[str, list[Sequence]] = {}
         self._by_table: dict[BlockTable, Sequence] = {}

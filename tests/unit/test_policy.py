@@ -50,8 +50,8 @@ def test_caution_rises_with_preemptions_falls_in_calm_and_stays_in_bounds() -> N
     assert policy.next_caution(caution, 0) < caution
     for _ in range(10_000):
         caution = policy.next_caution(caution, 0)
-    assert caution == policy.CAUTION_LEAST
-    for _ in range(100):
+    assert 0 <= caution < 1e-6
+    for _ in range(1000):
         caution = policy.next_caution(caution, 1)
     assert caution == policy.CAUTION_MOST
 
