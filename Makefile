@@ -10,7 +10,7 @@ WHEEL_ENV := .cache/wheel-env
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos demo check test wheel-env bench clean
+.PHONY: help install protos demo check test wheel-env bench simulate clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ wheel-env: protos
 bench: protos ## Offline throughput of the demo checkpoint, as JSON in .cache/
 	mkdir -p .cache
 	$(BIN)/tidegate bench offline --model demo --requests 64 --input-len 128 --output-len 64 --json .cache/bench.json
+
+simulate: protos ## Policies against loads on simulated machines: the real scheduler in virtual time
+	$(BIN)/python tests/simulation/lab.py
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .cache dist
