@@ -31,6 +31,8 @@ class EngineCore:
         self._depth = depth
         self._in_flight: deque[tuple[ScheduledStep, StepHandle]] = deque()
         self._stats_due = 0.0
+        self._was_idle = True
+        """Behind the last step."""
 
     def handle(self, command: Command) -> None:
         """Apply a command; what it changes shows in the next step."""
@@ -54,12 +56,15 @@ class EngineCore:
         return self._say()
 
     def _collect(self) -> None:
-        planned, handle = self._in_flight.popleft()
+        planned, handle = self._in_flight[0]
         try:
+            # Interrupted here (Ctrl-C in a notebook), the step stays in flight: its blocks wait for it.
             result = handle.result()
         except Exception as error:  # noqa: BLE001  whatever it was: retried, then told to its requests
+            self._in_flight.popleft()
             self.scheduler.fail(planned, error)
         else:
+            self._in_flight.popleft()
             self.scheduler.apply(planned, result)
 
     def _wait_or_shed(self) -> None:
@@ -70,10 +75,12 @@ class EngineCore:
 
     def _say(self) -> StepOutput:
         out = self.scheduler.take_output()
-        now = time.monotonic()
-        if out and (now >= self._stats_due or not self.has_work()):
+        now, is_idle = time.monotonic(), not self.has_work()
+        # Also where the work ends without a word, as with a copy: the last report must stay true.
+        if (out and now >= self._stats_due) or (is_idle and (out or not self._was_idle)):
             self._stats_due = now + STATS_INTERVAL
             out.stats = self.stats()
+        self._was_idle = is_idle
         return out
 
     def has_work(self) -> bool:

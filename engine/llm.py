@@ -233,6 +233,8 @@ def _drive(core: EngineCore, jobs: "list[_Job]", window: int, bar: "tqdm[Any]") 
         # The engine lives on, for the next call.
         for request_id in running:
             core.handle(Finish(request_id, FinishReason.CANCELLED))
+        # Once in any case: what was said to this call must not be heard by the next one.
+        core.step()
         while core.has_work():
             core.step()
         raise

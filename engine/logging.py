@@ -1,7 +1,10 @@
 """Logs: one line an event on stderr, as JSON or for a person to read. Never text of a prompt."""
 
 import logging
+import os
 import sys
+import time
+from pathlib import Path
 from typing import Literal
 
 import structlog
@@ -40,6 +43,13 @@ def configure_logging(log_format: LogFormat) -> None:
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("tidegate").setLevel(logging.INFO)
+
+
+def process_age() -> float:
+    """Seconds since this process was started, the interpreter's own start and all imports included."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start_ticks = int(fields[19])  # starttime, since boot: proc(5)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def quiet_by_default() -> None:

@@ -6,6 +6,9 @@ from typing import Protocol
 
 from tidegate.engine.messages import Command, EngineInfo, StepOutput
 
+MAX_PATIENCE = 3600.0
+"""Seconds of one wait: a deadline may lie further away than a poll can wait, which is 24 days."""
+
 
 class Core(Protocol):
     """What the loop needs of an engine; only one thread calls it."""
@@ -52,4 +55,4 @@ def _patience(core: Core) -> float | None:
     if core.has_work():
         return 0
     deadline = core.next_deadline()
-    return None if deadline is None else max(0, deadline - time.monotonic())
+    return None if deadline is None else min(max(0, deadline - time.monotonic()), MAX_PATIENCE)

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable
 
@@ -29,7 +28,7 @@ import zmq
 
 from tidegate.engine.client import EndingQueue, EngineGone
 from tidegate.engine.config import ConfigError, EngineConfig
-from tidegate.engine.logging import LogFormat, configure_logging
+from tidegate.engine.logging import LogFormat, configure_logging, process_age
 from tidegate.engine.loop import Core, run
 from tidegate.engine.messages import Command, EngineInfo, StepOutput
 
@@ -157,7 +156,11 @@ class ProcessClient:
     def _flush(self) -> None:
         commands, self._outgoing = self._outgoing, []
         if commands and not self._exited.is_set():
-            self._socket.send(_encode(commands), zmq.NOBLOCK)
+            try:
+                self._socket.send(_encode(commands), zmq.NOBLOCK)
+            except zmq.Again:
+                # Nobody is at the other end any more: the news of that is on its way to the readers.
+                return
             # Sending may take the notice of an arrival off the socket's descriptor.
             self._read()
 
@@ -188,9 +191,8 @@ def main() -> None:
     with zmq.Context() as context, _open_socket(context) as front:
         front.connect(address)
         try:
-            began = time.perf_counter()
             build = _load_factory(start.factory)
-            imports = time.perf_counter() - began
+            imports = process_age()
             core = build(start.config, start.progress)
         except ConfigError as error:
             front.send(_encode(StartFailed(str(error))))

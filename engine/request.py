@@ -1,6 +1,5 @@
 """What a request is: its sampling parameters, its content and the reasons for which it ends."""
 
-import math
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -12,6 +11,8 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 SEED_RANGE = 2**64
+COUNT_RANGE = 2**63
+"""What the sampler's arrays can hold."""
 
 
 class FinishReason(StrEnum):
@@ -87,7 +88,7 @@ class SamplingParams(
             ("n", 1 <= self.n <= MAX_CHOICES, f"must be between 1 and {MAX_CHOICES}"),
             ("temperature", _within(self.temperature, 0, 100), "must be between 0 and 100; 0 is greedy"),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "must be 0 (keep all tokens) or positive"),
+            ("top_k", 0 <= self.top_k < COUNT_RANGE, "must be 0 (keep all tokens) or positive, below 2**63"),
             ("min_p", _within(self.min_p, 0, 1), "must be between 0 and 1"),
             ("presence_penalty", _within(self.presence_penalty, -2, 2), "must be between -2 and 2"),
             ("frequency_penalty", _within(self.frequency_penalty, -2, 2), "must be between -2 and 2"),
@@ -96,8 +97,8 @@ class SamplingParams(
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "must be at least 1"),
             (
                 "min_tokens",
-                0 <= self.min_tokens <= (math.inf if self.max_tokens is None else self.max_tokens),
-                "must be between 0 and max_tokens",
+                0 <= self.min_tokens <= (COUNT_RANGE - 1 if self.max_tokens is None else self.max_tokens),
+                "must be between 0 and max_tokens, below 2**63",
             ),
             ("stop", len(self.stop) <= MAX_STOP_STRINGS, f"takes at most {MAX_STOP_STRINGS} strings"),
             (

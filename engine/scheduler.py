@@ -7,8 +7,9 @@ what the step sampled, one step or more later. Neither knows torch.
 """
 
 import heapq
+import math
 import time
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,7 @@ from tidegate.engine.sequence import Sequence, Status
 from tidegate.engine.step import Chunk, RowSetup, StepPlan, StepResult
 
 MAX_STEP_FAILURES = 3
+FEW_TIMERS = 1000
 
 Sample = tuple[int, bool, PositionLogprobs | None]
 """A sampled token: its id, whether its logits were finite, and what was asked for beside it."""
@@ -110,7 +112,8 @@ class Scheduler:
         self._idle: set[Sequence] = set()
         self._parking: list[Sequence] = []
         self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timers: list[tuple[float, int, str, Callable[[], None]]] = []
+        self._most_timers = FEW_TIMERS
         self._arrivals = count()
         self._last_step = 0
         self._out = StepOutput()
@@ -128,7 +131,7 @@ class Scheduler:
         choices[0].siblings = choices[1:]
         if request.deadline is not None:
             name = request.id
-            self._at(request.deadline, lambda: self._end(name, FinishReason.DEADLINE))
+            self._at(request.deadline, name, lambda: self._end(name, FinishReason.DEADLINE))
         self._make_ready(choices[0])
 
     def limit(self, command: Limit) -> None:
@@ -161,10 +164,11 @@ class Scheduler:
         self._run_timers()
         self._announce_parked()
         step = ScheduledStep(StepPlan(self._last_step + 1), [])
-        self._plan_decodes(step)
-        budget = max(1, self._limits.max_step_tokens - len(step.plan.chunks))
-        budget = self._plan_prefills(step, budget)
-        self._admit(step, budget)
+        if not self._plan_suspect(step):
+            self._plan_decodes(step)
+            budget = max(1, self._limits.max_step_tokens - len(step.plan.chunks))
+            budget = self._plan_prefills(step, budget)
+            self._admit(step, budget)
         self._note_truncated()
         self._copy_ahead()
         self._manager.flush()
@@ -195,6 +199,8 @@ class Scheduler:
                 continue
             self._manager.trim(seq.table)
             seq.rewind()
+            # The step may have failed before it had set up its rows.
+            seq.row_blocks = -1
             seq.failures += 1
             if seq.failures >= MAX_STEP_FAILURES:
                 self._finish(seq, FinishReason.ERROR, error="STEP_FAILED")
@@ -264,20 +270,24 @@ class Scheduler:
 
     def _violations(self, request: Request) -> list[Violation]:
         found = []
-        prompt, params, longest = len(request.prompt_token_ids), request.params, self._limits.max_model_len
+        prompt, given = len(request.prompt_token_ids), len(request.output_token_ids)
+        params, longest = request.params, self._limits.max_model_len
+        output = params.max_tokens or given + 1
         if request.id in self._requests:
             found.append(Violation("request_id", "is in use by a request that has not ended"))
         if prompt == 0:
             found.append(Violation("prompt", "is empty: give at least one token"))
-        elif prompt + (params.max_tokens or 1) > longest:
+        elif prompt + output > longest:
             found.append(
                 Violation(
                     "max_tokens" if prompt < longest else "prompt",
-                    f"{prompt} prompt tokens and {params.max_tokens or 1} to come exceed the limit of "
+                    f"{prompt} prompt tokens and {output} of output exceed the limit of "
                     f"{longest}: shorten the prompt or lower max_tokens",
                 )
             )
-        if request.output_token_ids and params.n != 1:
+        if params.max_tokens is not None and given >= params.max_tokens:
+            found.append(Violation("output_token_ids", "leave nothing to generate: raise max_tokens"))
+        if given and params.n != 1:
             found.append(Violation("n", "must be 1 when generation goes on behind given output tokens"))
         return found
 
@@ -314,6 +324,7 @@ class Scheduler:
             # Credit came back within the grace. Nobody could take the blocks of a sequence that waits in
             # the ready queue, so without a row it must not keep them.
             if self._rows:
+                self._report(seq, ProgressKind.RESUMED)
                 self._run(seq)
                 return
             self._manager.suspend(table)
@@ -326,14 +337,26 @@ class Scheduler:
         seq.row_blocks = -1
         insort(self._running, seq, key=lambda s: s.order)
 
-    def _admit(self, step: ScheduledStep, budget: int) -> None:
-        """Bring in sequences from the ready queue while rows, blocks and budget last, in their order."""
-        while self._ready and self._rows and budget > 0:
+    def _admit(self, step: ScheduledStep, budget: int, above: float = -math.inf) -> int:
+        """Bring in sequences of a priority ``above`` from the ready queue, in their order.
+
+        While rows, blocks and budget last; returns what is left of the budget.
+        """
+        while self._ready and budget > 0:
             seq = self._ready[0]
-            if not self._enter(seq):
-                return
+            if seq.request.priority <= above or not self._find_row(seq) or not self._enter(seq):
+                break
             if seq.table.is_ready:
                 budget -= self._schedule(step, seq, budget)
+        return budget
+
+    def _find_row(self, seq: Sequence) -> bool:
+        """Whether there is a row to take; where there is none, a less urgent sequence gives up its own."""
+        if not self._rows and not any(running.preempted for running in self._running):
+            victim = self._victim(lambda c: not c.stalled and c.priority < seq.request.priority)
+            if victim is not None:
+                self._preempt(victim)
+        return bool(self._rows)
 
     def _enter(self, seq: Sequence) -> bool:
         """Take a sequence from the ready queue into the batch; False, unchanged, where there is no room."""
@@ -341,6 +364,8 @@ class Scheduler:
         known = self._find_room(seq)
         if known is None:
             return False
+        # Making room may have cost its own tail. Later, this would drop the step that it gets now.
+        self._note_truncated()
         returns = bool(table.blocks)
         # The order in the queue depends on whether it has started: out of the queue first.
         self._ready.remove(seq)
@@ -380,13 +405,23 @@ class Scheduler:
 
     def _report_admitted(self, seq: Sequence, num_known: int, on_host: int) -> None:
         size = self._manager.block_size
-        seq.num_cached = num_known * size
+        # Output that came with the request may be known as well; only the prompt is reported.
+        seq.num_cached = min(num_known * size, seq.num_prompt)
         if seq.choice == 0:
             self.stats.prefix_hit_tokens += num_known * size
             self.stats.prefix_host_hit_tokens += on_host * size
-            self._out.admitted.append(Admitted(seq.request.id, (num_known - on_host) * size, on_host * size))
+            cached_host = min(on_host * size, seq.num_cached)
+            self._out.admitted.append(Admitted(seq.request.id, seq.num_cached - cached_host, cached_host))
 
     # Choosing the batch
+
+    def _plan_suspect(self, step: ScheduledStep) -> bool:
+        """One sequence whose steps keep failing gets its last chance alone, so that no other pays for it."""
+        for seq in list(self._running):
+            is_suspect = seq.failures == MAX_STEP_FAILURES - 1 and self._may_run(seq)
+            if is_suspect and self._schedule(step, seq, self._limits.max_step_tokens):
+                return True
+        return False
 
     def _plan_decodes(self, step: ScheduledStep) -> None:
         for seq in list(self._running):
@@ -395,8 +430,11 @@ class Scheduler:
 
     def _plan_prefills(self, step: ScheduledStep, budget: int) -> int:
         for seq in list(self._running):
-            if budget > 0 and self._may_run(seq) and seq.num_unscheduled > 1:
-                budget -= self._schedule(step, seq, budget)
+            if seq.num_unscheduled > 1:
+                # A long prompt must not use up every step's budget before the more urgent get in.
+                budget = self._admit(step, budget, above=seq.request.priority)
+                if budget > 0 and self._may_run(seq):
+                    budget -= self._schedule(step, seq, budget)
         return budget
 
     @staticmethod
@@ -509,6 +547,8 @@ class Scheduler:
         self._make_ready(seq)
 
     def _should_swap(self, seq: Sequence) -> bool:
+        if self._manager.host.num_blocks == 0:
+            return False
         if self._limits.preemption != "auto" or self._prefill.tokens_per_second is None:
             return self._limits.preemption != "recompute"
         own = [block for block in seq.table.blocks if len(block.holders) == 1]
@@ -535,7 +575,8 @@ class Scheduler:
         self._idle.add(seq)
         self._report(seq, ProgressKind.STALLED)
         stalls = seq.num_stalls
-        self._at(self._now() + self._limits.park_grace, lambda: self._end_grace(seq, stalls))
+        grace_ends = self._now() + self._limits.park_grace
+        self._at(grace_ends, seq.request.id, lambda: self._end_grace(seq, stalls))
 
     def _end_grace(self, seq: Sequence, stalls: int) -> None:
         if seq.status is Status.STALLED and seq.num_stalls == stalls and seq.table.resident:
@@ -573,12 +614,17 @@ class Scheduler:
             seq.row = -1
         elif seq in self._idle:
             self._idle.remove(seq)
-        elif seq in self._ready:
-            self._ready.remove(seq)
+        elif (place := self._place_in_ready(seq)) is not None:
+            del self._ready[place]
         else:
             for other in self._requests[seq.request.id]:
                 if seq in other.siblings:
                     other.siblings.remove(seq)
+
+    def _place_in_ready(self, seq: Sequence) -> int | None:
+        """Found by the queue's order: thousands may wait, and may be cancelled all at once."""
+        place = bisect_left(self._ready, seq.order, key=lambda s: s.order)
+        return place if place < len(self._ready) and self._ready[place] is seq else None
 
     # What a step gave
 
@@ -586,6 +632,7 @@ class Scheduler:
         seq.in_flight -= 1
         seq.failures = 0
         if sample is not None and not sample[1]:
+            self._manager.distrust(seq.table)
             self._finish(seq, FinishReason.ERROR, error="NONFINITE_LOGITS")
             return
         end = chunk.start + chunk.count
@@ -679,9 +726,15 @@ class Scheduler:
 
     # Timers
 
-    def _at(self, when: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (when, next(self._arrivals), action))
+    def _at(self, when: float, request_id: str, action: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (when, next(self._arrivals), request_id, action))
+        if len(self._timers) > self._most_timers:
+            # Most requests end long before their deadlines: forget those of the dead.
+            self._timers = [timer for timer in self._timers if timer[2] in self._requests]
+            heapq.heapify(self._timers)
+            self._most_timers = max(FEW_TIMERS, 2 * len(self._timers))
 
     def _run_timers(self) -> None:
         while self._timers and self._timers[0][0] <= self._now():
-            heapq.heappop(self._timers)[2]()
+            *_, action = heapq.heappop(self._timers)
+            action()

@@ -87,7 +87,9 @@ class Text:
             text.encode()
         except UnicodeEncodeError as error:
             raise _invalid("prompt", f"is no valid Unicode at character {error.start}") from error
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # As a batch of one it leaves the interpreter's lock to others: a long text takes seconds.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
 
     def render_chat(
         self,
@@ -114,7 +116,9 @@ class Text:
                 continue_final_message=continue_final_message,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-            raise _invalid("messages", f"the chat template refused them: {error}") from error
+            # Not in the error's own words, which may quote a message.
+            description = "the chat template refused them: check the roles, their order and the contents"
+            raise _invalid("messages", description) from error
         # The template writes the special tokens itself.
         return self.encode(text, add_special_tokens=False)
 

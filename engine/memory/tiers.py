@@ -376,6 +376,11 @@ class BlockManager:
         self.unpark(table)
         self._truncated.pop(table, None)
 
+    def distrust(self, table: BlockTable) -> None:
+        """Nobody else may begin with these blocks: what was computed from them was not finite."""
+        for block in table.blocks:
+            self._forget(block)
+
     def trim(self, table: BlockTable) -> None:
         """Give back what was reserved behind the valid positions, as after a failed step."""
         keep = self.blocks_for(table.num_tokens)

@@ -123,9 +123,11 @@ class ModelRunner:
         for setup in plan.setups:
             self._tokens[setup.row, : len(setup.token_ids)] = setup.token_ids
             self._block_tables[setup.row, : len(setup.block_ids)] = setup.block_ids
-            self._sampler.set_row(setup)
         for row, index, block_id in plan.new_blocks:
             self._block_tables[row, index] = block_id
+        # Last: should one of them fail, the step behind this one still writes to its own blocks alone.
+        for setup in plan.setups:
+            self._sampler.set_row(setup)
 
 
 def available_cores() -> int:

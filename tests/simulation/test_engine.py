@@ -1,11 +1,12 @@
 """The engine in a fake world: every request ends once, with its own tokens, and nothing leaks."""
 
 import random
+from copy import copy
 
 import pytest
 from world import Faults, World, expected_tokens
 
-from tidegate.engine.messages import Finish, Limit, ProgressKind, Submit
+from tidegate.engine.messages import Finish, Limit, ProgressKind, Stats, Submit
 from tidegate.engine.request import FinishReason, Request, SamplingParams
 
 MAX_STEPS = 20_000
@@ -25,6 +26,7 @@ class Load:
         self.errors: dict[tuple[str, int], str | None] = {}
         self.progress: list[ProgressKind] = []
         self.credit: dict[str, int] = {}
+        self.reported: Stats | None = None
 
     def _request(self, number: int) -> Request:
         rng = self.rng
@@ -88,6 +90,8 @@ class Load:
 
     def _take(self, out) -> None:
         assert not out.refused
+        if out.stats is not None:
+            self.reported = copy(out.stats)
         for delta in out.deltas:
             key = (delta.request_id, delta.choice)
             assert key not in self.finished, "tokens after the end"
@@ -158,3 +162,15 @@ def test_chaos_breaks_no_request(chunk, seed):
     load.run()
     settle(world)
     load.check()
+
+
+def test_the_last_report_before_the_engine_idles_is_true():
+    """Whoever watches the load is not left with what was under way a moment before the end."""
+    for seed in range(60):
+        world = World(seed, faults=Faults(copy_delay=0.5))
+        load = Load(world, 20, chaos=0.5)
+        load.run()
+        while world.core.has_work():
+            world.clock.time += 0.001
+            load._take(world.core.step())
+        assert load.reported == world.core.stats(), f"seed {seed}"

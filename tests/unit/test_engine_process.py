@@ -165,6 +165,16 @@ async def test_an_idle_engine_wakes_for_a_deadline_of_its_own(client: EngineClie
     assert 0 <= time.monotonic() - deadline < 2
 
 
+async def test_an_idle_engine_bears_a_deadline_of_years(client: EngineClient) -> None:
+    """It lies further away than one poll can wait."""
+    client.send([Submit(request("r", emit_upto=1, deadline=time.monotonic() + 1e9))])
+    record = await listen(client, lambda r: "r" in r.tokens)
+    await asyncio.sleep(0.1)
+    client.send([Limit("r", 5)])
+    await listen(client, lambda r: "r" in r.finished, record)
+    assert record.finished["r"].reason is FinishReason.MAX_TOKENS
+
+
 async def test_a_cancelled_receive_loses_nothing(client: EngineClient) -> None:
     client.send([Submit(request("r", max_tokens=50))])
     record = Record()
@@ -237,6 +247,20 @@ async def test_a_silent_exit_is_noticed_with_its_status(process: ProcessClient) 
     process.send([Submit(request("exit"))])
     with pytest.raises(EngineGone, match="exit status 7"):
         await process.receive()
+
+
+async def test_sending_to_an_engine_whose_end_is_not_yet_noticed_raises_nowhere(
+    process: ProcessClient,
+) -> None:
+    """The news comes to the readers; a send on its way meanwhile is lost, as it must be."""
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    os.kill(child_pid(process), signal.SIGKILL)
+    time.sleep(0.3)  # noqa: ASYNC251  the loop must not see the end before it sends
+    process.send([Limit("r", 1)])
+    with pytest.raises(EngineGone, match="SIGKILL"):
+        await process.receive()
+    assert complaints == []
 
 
 async def test_a_killed_engine_is_noticed_within_milliseconds_by_a_waiting_receiver(

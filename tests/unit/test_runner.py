@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -222,6 +223,20 @@ def test_a_step_that_raises_does_so_from_its_handle_and_the_next_still_runs(tiny
     with pytest.raises(RuntimeError, match="planted"):
         failed.result()
     assert again.result().token_ids == generate(tiny, {0: tokens}, steps=1)[0]
+    runner.close()
+
+
+def test_a_setup_that_raises_leaves_the_other_rows_of_its_step_with_their_own_blocks(tiny, depth):
+    """The step behind it is launched already, and writes to the blocks that its rows name."""
+    runner = make_runner(tiny, depth)
+    tokens = prompt(5)
+    broken = replace(setup(0, prompt(5)), seed=-1)
+    chunks = [Chunk(0, 0, 5, True), Chunk(1, 0, 5, True)]
+    failed = runner.launch(StepPlan(0, chunks, [broken, setup(1, tokens)]))
+    again = runner.launch(StepPlan(1, [Chunk(1, 0, 5, True)]))
+    with pytest.raises(OverflowError):
+        failed.result()
+    assert again.result().token_ids == generate(tiny, {1: tokens}, steps=1)[1]
     runner.close()
 
 

@@ -2,6 +2,8 @@
 
 import json
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,16 @@ def test_a_prompt_is_never_cut_by_the_truncation_stored_with_the_tokenizer(text:
     assert len(text.encode("tide " * 50)) > 4
 
 
+def test_other_threads_run_while_a_long_text_is_encoded(text: Text) -> None:
+    with ThreadPoolExecutor() as pool:
+        encoding = pool.submit(text.encode, SAMPLE * 2000)
+        turns = 0
+        while not encoding.done():
+            time.sleep(0.001)
+            turns += 1
+    assert turns > 10
+
+
 def test_special_tokens_in_text_are_skipped_on_request(text: Text) -> None:
     ids = text.encode(f"tide{EOS}")
     assert text.decode(ids) == "tide"
@@ -96,10 +108,7 @@ def test_chat_can_leave_the_final_message_open(text: Text) -> None:
     [
         ([], "messages: must hold at least one message"),
         ([{"content": "x"}], r"messages\[0\]\.role: must be a string"),
-        (
-            [{"role": "pirate", "content": "x"}],
-            "messages: the chat template refused them: unknown role pirate",
-        ),
+        ([{"role": "pirate", "content": "x"}], "messages: the chat template refused them: (?!.*pirate)"),
         ([{"role": "user", "content": 5}], "messages: the chat template refused them"),
         ([{"role": "user"}], "messages: the chat template refused them"),
     ],

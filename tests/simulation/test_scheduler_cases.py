@@ -1,0 +1,263 @@
+"""Single situations of the scheduler, each set up on purpose in the fake world."""
+
+import random
+
+import pytest
+import world as worlds
+from world import EOS, Faults, World, expected_tokens
+
+from tidegate.engine.llm import LLM
+from tidegate.engine.messages import Delta, Finish, Finished, Limit, StepOutput, Submit
+from tidegate.engine.request import FinishReason, InvalidRequest, Request, SamplingParams
+from tidegate.engine.step import StepPlan, StepResult
+
+POISON_TOKEN = 49
+
+
+def request(
+    name: str,
+    num_prompt: int = 4,
+    max_tokens: int | None = 4,
+    *,
+    prompt: list[int] | None = None,
+    n: int = 1,
+    priority: int = 0,
+    emit_upto: int | None = None,
+    deadline: float | None = None,
+    given: list[int] | None = None,
+) -> Request:
+    rng = random.Random(name)
+    return Request(
+        id=name,
+        prompt_token_ids=prompt or [rng.randrange(EOS + 1, POISON_TOKEN) for _ in range(num_prompt)],
+        params=SamplingParams(n=n, max_tokens=max_tokens, ignore_eos=True),
+        seed=1,
+        priority=priority,
+        emit_upto=emit_upto,
+        deadline=deadline,
+        output_token_ids=given or [],
+    )
+
+
+def submit(world: World, *requests: Request) -> None:
+    for one in requests:
+        world.core.handle(Submit(one))
+
+
+def step(world: World, count: int) -> list[StepOutput]:
+    outputs = []
+    for _ in range(count):
+        world.clock.time += 0.001
+        outputs.append(world.core.step())
+        world.core.check_integrity()
+    return outputs
+
+
+def ends(outputs: list[StepOutput]) -> dict[str, Finished]:
+    return {end.request_id: end for out in outputs for end in out.finished}
+
+
+def tokens(outputs: list[StepOutput], name: str) -> list[int]:
+    deltas: list[Delta] = [delta for out in outputs for delta in out.deltas if delta.request_id == name]
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+def admissions(outputs: list[StepOutput]) -> list[str]:
+    return [admitted.request_id for out in outputs for admitted in out.admitted]
+
+
+class BreakingRunner(worlds.FakeRunner):
+    """Every step that has to do with a certain prompt raises."""
+
+    def _compute(self, plan: StepPlan) -> StepResult | Exception:
+        result = super()._compute(plan)
+        firsts = {self._rows[chunk.row].tokens[0] for chunk in plan.chunks}
+        return MemoryError("poison") if POISON_TOKEN in firsts else result
+
+
+class LateRunner(worlds.FakeRunner):
+    """The step ``breaks`` raises before it sets up its rows."""
+
+    breaks = 0
+
+    def _compute(self, plan: StepPlan) -> StepResult | Exception:
+        if plan.step_id == self.breaks:
+            return MemoryError("too early")
+        return super()._compute(plan)
+
+
+@pytest.fixture(params=[1, 2], ids=["depth 1", "depth 2"])
+def depth(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def test_a_request_that_breaks_every_step_fails_alone(depth, monkeypatch):
+    monkeypatch.setattr(worlds, "FakeRunner", BreakingRunner)
+    world = World(3, depth=depth, device_blocks=40, faults=Faults(step_fails=1e-12))
+    good = [request(f"good {i}", 4, 20) for i in range(5)]
+    submit(world, *good)
+    outputs = step(world, 4)
+    submit(world, request("poison", prompt=[POISON_TOKEN, 1, 2]))
+    outputs += step(world, 100)
+    ended = ends(outputs)
+    assert ended["poison"].error == "STEP_FAILED"
+    for one in good:
+        assert ended[one.id].reason is FinishReason.MAX_TOKENS
+        assert tokens(outputs, one.id) == expected_tokens(one, 0, 20)
+
+
+def test_a_step_that_fails_before_its_rows_are_set_up_changes_no_token(monkeypatch):
+    monkeypatch.setattr(worlds, "FakeRunner", LateRunner)
+    for breaks in range(1, 6):
+        monkeypatch.setattr(LateRunner, "breaks", breaks)
+        world = World(breaks, depth=1, device_blocks=40, faults=Faults(step_fails=1e-12))
+        # Rows that had other owners before.
+        submit(world, *(request(f"before {i}", 5, 1) for i in range(3)))
+        outputs = step(world, 2)
+        later = [request(f"later {i}", 6, 12) for i in range(3)]
+        submit(world, *later)
+        outputs += step(world, 60)
+        for one in later:
+            assert tokens(outputs, one.id) == expected_tokens(one, 0, 12), f"step {breaks} failed"
+
+
+def test_an_urgent_request_takes_the_row_of_a_less_urgent_one(depth):
+    world = World(1, depth=depth, max_num_seqs=2, device_blocks=40)
+    low = [request(f"low {i}", 4, 60) for i in range(2)]
+    submit(world, *low)
+    outputs = step(world, 5)
+    submit(world, request("same", 4, 2), request("high", 4, 2, priority=9))
+    outputs += step(world, 8)
+    assert ends(outputs)["high"].reason is FinishReason.MAX_TOKENS
+    assert "same" not in admissions(outputs), "nobody gives way to an equal"
+    outputs += step(world, 300)
+    for one in low:
+        assert tokens(outputs, one.id) == expected_tokens(one, 0, 60)
+
+
+def test_an_urgent_request_does_not_wait_for_the_end_of_a_long_prompt(depth):
+    world = World(1, depth=depth, device_blocks=60, max_step_tokens=16)
+    low = request("low", 200, 2)
+    submit(world, low)
+    outputs = step(world, 2)
+    submit(world, request("high", 4, 2, priority=9))
+    outputs += step(world, 5)
+    assert ends(outputs)["high"].reason is FinishReason.MAX_TOKENS
+    outputs += step(world, 60)
+    assert tokens(outputs, "low") == expected_tokens(low, 0, 2)
+
+
+@pytest.mark.parametrize("max_tokens", [4, None])
+def test_given_output_that_leaves_nothing_to_generate_is_refused(max_tokens):
+    """It would wait for ever: a choice ends where its last token is sampled."""
+    world = World(1)
+    longest = world.max_model_len - 4
+    submit(world, request("r", 4, max_tokens, given=[7] * (max_tokens or longest)))
+    (out,) = step(world, 1)
+    assert [refused.request_id for refused in out.refused] == ["r"]
+    submit(world, request("r", 4, max_tokens, given=[7] * ((max_tokens or longest) - 1)))
+    assert len(tokens(step(world, 60), "r")) == 1
+
+
+def test_deadlines_of_requests_that_ended_are_forgotten():
+    """A server that runs for days holds timers for what is under way, not for all that ever was."""
+    world = World(1, device_blocks=60)
+    submit(world, request("long", 4, 100, deadline=world.clock() + 50, emit_upto=1))
+    for i in range(5000):
+        submit(world, request(f"r{i}", 4, 1, deadline=world.clock() + 86_400))
+        world.core.step()
+        world.core.handle(Finish(f"r{i}", FinishReason.CANCELLED))
+    assert len(world.scheduler._timers) <= 1000
+    world.clock.time += 51
+    assert ends(step(world, 1))["long"].reason is FinishReason.DEADLINE
+
+
+def test_a_stream_that_gets_credit_within_its_grace_is_said_to_run_again():
+    world = World(1, park_grace=5.0)
+    submit(world, request("r", 4, 8, emit_upto=2))
+    outputs = step(world, 10)
+    world.core.handle(Limit("r", 8))
+    outputs += step(world, 20)
+    assert [report.kind for out in outputs for report in out.progress] == ["stalled", "resumed"]
+    assert ends(outputs)["r"].reason is FinishReason.MAX_TOKENS
+
+
+def test_without_a_host_tier_every_preemption_counts_as_recompute():
+    world = World(1, host_blocks=0, preemption="swap", device_blocks=8)
+    submit(world, *(request(f"r{i}", 6, 16) for i in range(4)))
+    step(world, 400)
+    stats = world.core.stats()
+    assert stats.preemptions_recompute > 0
+    assert (stats.preemptions_swap, stats.parked_dropped) == (0, 0)
+
+
+def test_blocks_behind_logits_that_were_not_finite_serve_nobody_else(depth):
+    """Parts of a prompt are known as a prefix before its last part shows that they are worth nothing."""
+    faults = Faults(nonfinite=1.0)
+    world = World(1, depth=depth, max_step_tokens=4, faults=faults)
+    prompt = list(range(1, 15))
+    submit(world, request("broken", prompt=prompt))
+    assert ends(step(world, 10))["broken"].error == "NONFINITE_LOGITS"
+    faults.nonfinite = 0.0
+    submit(world, request("whole", prompt=prompt))
+    outputs = step(world, 20)
+    assert ends(outputs)["whole"].usage.cached_tokens == 0
+    submit(world, request("again", prompt=prompt))
+    assert ends(step(world, 20))["again"].usage.cached_tokens == 12
+
+
+def test_thousands_that_wait_can_be_cancelled_in_any_order():
+    world = World(1)
+    submit(world, *(request(f"r{i}", 4, 4, priority=i % 3) for i in range(300)))
+    outputs = step(world, 3)
+    names = [f"r{i}" for i in range(300)]
+    random.Random(1).shuffle(names)
+    for name in names:
+        world.core.handle(Finish(name, FinishReason.CANCELLED))
+        world.core.check_integrity()
+    outputs += step(world, 5)
+    assert len(ends(outputs)) == 300
+    assert not world.core.has_work()
+
+
+def test_an_interrupted_wait_for_a_step_loses_no_block(depth, monkeypatch):
+    """Ctrl-C in a notebook: the engine goes on with the next call."""
+    world = World(1, depth=depth, device_blocks=8, prefix_caching=False)
+    submit(world, request("first", 20, 4))
+    wait = worlds.FakeStep.result
+
+    def interrupt(handle):
+        monkeypatch.setattr(worlds.FakeStep, "result", wait)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worlds.FakeStep, "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        step(world, 4)
+    world.core.handle(Finish("first", FinishReason.CANCELLED))
+    step(world, 4)
+    submit(world, request("second", 24, 4))
+    assert ends(step(world, 30))["second"].reason is FinishReason.MAX_TOKENS
+
+
+def test_what_was_said_to_a_refused_call_is_not_heard_by_the_next_one(depth, monkeypatch):
+    world = World(1, depth=depth)
+    monkeypatch.setattr("tidegate.engine.llm.build_engine", lambda config, progress: world.core)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    with LLM("demo") as llm:
+        with pytest.raises(InvalidRequest, match=r"prompts\[1\]"):
+            llm.generate([[5, 6], [5] * 600], params, use_tqdm=False)
+        assert len(llm.generate([[5, 6]], params, use_tqdm=False)[0].outputs[0].token_ids) == 4
+
+
+def test_no_more_of_a_prompt_is_cached_than_there_is():
+    """Output that came with a request may be known as a prefix too, but is no part of its prompt."""
+    world = World(1)
+    first = request("first", 6, 12)
+    submit(world, first)
+    outputs = step(world, 30)
+    given = tokens(outputs, "first")[:10]
+    submit(world, request("again", prompt=first.prompt_token_ids, max_tokens=12, given=given))
+    outputs = step(world, 30)
+    (admitted,) = [admitted for out in outputs for admitted in out.admitted]
+    assert admitted.cached_device_tokens + admitted.cached_host_tokens == 6
+    assert ends(outputs)["again"].usage.cached_tokens == 6
