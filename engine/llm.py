@@ -4,7 +4,6 @@ import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from itertools import count
 from types import TracebackType
@@ -126,7 +125,7 @@ class LLM:
 
     def stats(self) -> Stats:
         """The engine's totals since the start, and the present state of its tiers, as of now."""
-        return copy(self._core.stats())
+        return self._core.stats()
 
     def generate(
         self,

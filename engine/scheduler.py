@@ -6,11 +6,11 @@ prompt is computed. ``plan`` moves sequences between these places and chooses a 
 what the step sampled, one step or more later. Neither knows torch.
 """
 
-import heapq
 import math
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -18,30 +18,24 @@ from itertools import count
 import structlog
 
 from tidegate.engine import policy
+from tidegate.engine.journal import Journal
 from tidegate.engine.memory.tiers import Block, BlockManager, BlockTable, State
 from tidegate.engine.messages import (
-    Admitted,
-    Delta,
     Finish,
-    Finished,
     Limit,
     PositionLogprobs,
-    Progress,
     ProgressKind,
-    Refused,
     Stats,
     StepOutput,
     Submit,
     TierStats,
-    Timings,
-    Usage,
 )
 from tidegate.engine.request import FinishReason, Request, Violation
 from tidegate.engine.sequence import Sequence, Status
 from tidegate.engine.step import Chunk, RowSetup, StepPlan, StepResult
+from tidegate.engine.timers import Timers
 
 MAX_STEP_FAILURES = 3
-FEW_TIMERS = 1000
 
 Sample = tuple[int, bool, PositionLogprobs | None]
 """A sampled token: its id, whether its logits were finite, and what was asked for beside it."""
@@ -96,7 +90,6 @@ class Scheduler:
         bytes_per_second: Callable[[], float],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.stats = Stats()
         self._limits = limits
         self._manager = manager
         self._eos = eos_token_ids
@@ -112,11 +105,10 @@ class Scheduler:
         self._idle: set[Sequence] = set()
         self._parking: list[Sequence] = []
         self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._timers: list[tuple[float, int, str, Callable[[], None]]] = []
-        self._most_timers = FEW_TIMERS
+        self._timers = Timers(alive=self._requests)
         self._arrivals = count()
         self._last_step = 0
-        self._out = StepOutput()
+        self._journal = Journal(now)
 
     # What the front says
 
@@ -124,20 +116,20 @@ class Scheduler:
         request = command.request
         violations = self._violations(request)
         if violations:
-            self._out.refused.append(Refused(request.id, violations))
+            self._journal.refused(request.id, violations)
             return
         choices = [self._new_sequence(request, i) for i in range(request.params.n)]
         self._requests[request.id] = choices
         choices[0].siblings = choices[1:]
         if request.deadline is not None:
             name = request.id
-            self._at(request.deadline, name, lambda: self._end(name, FinishReason.DEADLINE))
+            self._timers.at(request.deadline, name, lambda: self._end(name, FinishReason.DEADLINE))
         self._make_ready(choices[0])
 
     def limit(self, command: Limit) -> None:
         for seq in self._requests.get(command.request_id, ()):
             seq.emit_upto = max(seq.emit_upto, command.emit_upto)
-            if seq in self._idle and seq.has_credit:
+            if seq in self._idle and seq.may_sample:
                 self._idle.remove(seq)
                 self._make_ready(seq)
 
@@ -161,7 +153,7 @@ class Scheduler:
         """The next step, or None where nothing can run at present."""
         self._manager.poll()
         self._note_truncated()
-        self._run_timers()
+        self._timers.run_due(self._now())
         self._announce_parked()
         step = ScheduledStep(StepPlan(self._last_step + 1), [])
         if not self._plan_suspect(step):
@@ -181,7 +173,7 @@ class Scheduler:
     def apply(self, step: ScheduledStep, result: StepResult) -> None:
         """Take in a step's results. Steps are applied in the order in which they were planned."""
         self._manager.collected(step.plan.step_id)
-        self.stats.steps += 1
+        self._journal.stats.steps += 1
         self._observe(step.plan, result.seconds)
         samples = zip(result.token_ids, result.finite, result.logprobs, strict=True)
         for chunk, (seq, generation) in zip(step.plan.chunks, step.members, strict=True):
@@ -210,8 +202,7 @@ class Scheduler:
 
     def take_output(self) -> StepOutput:
         """All there is to say since the last call."""
-        out, self._out = self._out, StepOutput()
-        return out
+        return self._journal.take()
 
     @property
     def has_work(self) -> bool:
@@ -229,7 +220,7 @@ class Scheduler:
         return bool(self._ready or self._running)
 
     def next_timer(self) -> float | None:
-        return self._timers[0][0] if self._timers else None
+        return self._timers.next
 
     def shed(self) -> None:
         """Nothing can run, and nothing is under way that could change that: say so and end one request."""
@@ -239,7 +230,7 @@ class Scheduler:
 
     def snapshot(self) -> Stats:
         """The totals, with the present state of queue and tiers filled in."""
-        stats, manager = self.stats, self._manager
+        stats, manager = copy(self._journal.stats), self._manager
         sequences = [seq for choices in self._requests.values() for seq in choices]
         stats.running = len(self._running)
         stats.stalled = sum(seq.status is Status.STALLED for seq in sequences)
@@ -312,7 +303,7 @@ class Scheduler:
     def _make_ready(self, seq: Sequence) -> None:
         """Find the place of a sequence that has no row: ready, idle without credit, or running at once."""
         table = seq.table
-        if not seq.has_credit:
+        if not seq.may_sample:
             seq.status = Status.PARKED if table.blocks else Status.STALLED
             self._idle.add(seq)
             if table.blocks:
@@ -324,7 +315,7 @@ class Scheduler:
             # Credit came back within the grace. Nobody could take the blocks of a sequence that waits in
             # the ready queue, so without a row it must not keep them.
             if self._rows:
-                self._report(seq, ProgressKind.RESUMED)
+                self._journal.progress(seq, ProgressKind.RESUMED)
                 self._run(seq)
                 return
             self._manager.suspend(table)
@@ -372,10 +363,11 @@ class Scheduler:
         if seq.started_at is None:
             seq.started_at = self._now()
             on_host = sum(block.device is None or block.state is State.LOADING for block in known)
-            self._report_admitted(seq, num_known=len(known), on_host=on_host)
+            size = manager.block_size
+            self._journal.admitted(seq, known=len(known) * size, on_host=on_host * size)
         else:
             seq.immune_until = self._last_step + policy.IMMUNE_STEPS
-            self._report(seq, ProgressKind.RESUMED)
+            self._journal.progress(seq, ProgressKind.RESUMED)
         if returns:
             manager.resume(table)
         else:
@@ -402,16 +394,6 @@ class Scheduler:
             if victim is None:
                 return None
             self._preempt(victim)
-
-    def _report_admitted(self, seq: Sequence, num_known: int, on_host: int) -> None:
-        size = self._manager.block_size
-        # Output that came with the request may be known as well; only the prompt is reported.
-        seq.num_cached = min(num_known * size, seq.num_prompt)
-        if seq.choice == 0:
-            self.stats.prefix_hit_tokens += num_known * size
-            self.stats.prefix_host_hit_tokens += on_host * size
-            cached_host = min(on_host * size, seq.num_cached)
-            self._out.admitted.append(Admitted(seq.request.id, seq.num_cached - cached_host, cached_host))
 
     # Choosing the batch
 
@@ -440,7 +422,7 @@ class Scheduler:
     @staticmethod
     def _may_run(seq: Sequence) -> bool:
         running = seq.status is Status.RUNNING and not seq.preempted
-        return running and seq.table.is_ready and seq.has_credit
+        return running and seq.table.is_ready and seq.may_sample
 
     def _schedule(self, step: ScheduledStep, seq: Sequence, budget: int) -> int:
         """Add the sequence's next positions to the step; how many they are, 0 without room for them."""
@@ -537,13 +519,13 @@ class Scheduler:
         seq.num_preemptions += 1
         self._leave(seq)
         if self._should_swap(seq):
-            self.stats.preemptions_swap += 1
+            self._journal.stats.preemptions_swap += 1
             self._manager.suspend(seq.table)
         else:
-            self.stats.preemptions_recompute += 1
+            self._journal.stats.preemptions_recompute += 1
             self._manager.release(seq.table)
         seq.rewind()
-        self._report(seq, ProgressKind.PREEMPTED)
+        self._journal.progress(seq, ProgressKind.PREEMPTED)
         self._make_ready(seq)
 
     def _should_swap(self, seq: Sequence) -> bool:
@@ -573,10 +555,10 @@ class Scheduler:
         seq.status = Status.STALLED
         seq.num_stalls += 1
         self._idle.add(seq)
-        self._report(seq, ProgressKind.STALLED)
+        self._journal.progress(seq, ProgressKind.STALLED)
         stalls = seq.num_stalls
         grace_ends = self._now() + self._limits.park_grace
-        self._at(grace_ends, seq.request.id, lambda: self._end_grace(seq, stalls))
+        self._timers.at(grace_ends, seq.request.id, lambda: self._end_grace(seq, stalls))
 
     def _end_grace(self, seq: Sequence, stalls: int) -> None:
         if seq.status is Status.STALLED and seq.num_stalls == stalls and seq.table.resident:
@@ -595,7 +577,7 @@ class Scheduler:
                 self._parking.remove(seq)
             elif self._manager.is_written(seq.table):
                 self._parking.remove(seq)
-                self._report(seq, ProgressKind.PARKED)
+                self._journal.progress(seq, ProgressKind.PARKED)
 
     def _note_truncated(self) -> None:
         """Sequences whose KV was given up, in whole or in part, compute it again when they return."""
@@ -603,8 +585,8 @@ class Scheduler:
             seq = self._by_table.get(table)
             if seq is not None:
                 seq.rewind()
-                self.stats.parked_dropped += 1
-                self._report(seq, ProgressKind.DROPPED)
+                self._journal.stats.parked_dropped += 1
+                self._journal.progress(seq, ProgressKind.DROPPED)
 
     def _leave(self, seq: Sequence) -> None:
         """Out of whatever place the sequence stands in. Its row may be reused by the next step."""
@@ -636,11 +618,12 @@ class Scheduler:
             self._finish(seq, FinishReason.ERROR, error="NONFINITE_LOGITS")
             return
         end = chunk.start + chunk.count
-        self._count(seq, chunk.start, end)
+        self._journal.computed(seq, chunk.start, end)
         self._manager.commit(seq.table, end, seq.tokens)
         if sample is not None:
             seq.pending -= 1
-            self._append(seq, sample[0], sample[2])
+            self._journal.token(seq, sample[0], sample[2])
+            seq.tokens.append(sample[0])
             reason = seq.stop_reason()
             if reason is not None:
                 self._finish(seq, reason)
@@ -652,21 +635,6 @@ class Scheduler:
                 self._swap_or_drop(seq)
             elif seq.is_out_of_credit:
                 self._stall(seq)
-
-    def _append(self, seq: Sequence, token_id: int, logprobs: PositionLogprobs | None) -> None:
-        if seq.first_token_at is None:
-            seq.first_token_at = self._now()
-        self.stats.output_tokens += 1
-        wanted = None if logprobs is None else [logprobs]
-        self._out.deltas.append(Delta(seq.request.id, seq.choice, seq.num_output, [token_id], wanted))
-        seq.tokens.append(token_id)
-
-    def _count(self, seq: Sequence, start: int, end: int) -> None:
-        again = max(0, min(end, seq.high_water) - start)
-        seq.num_recomputed += again
-        self.stats.recomputed_tokens += again
-        self.stats.prompt_tokens += max(0, min(end, seq.num_prompt) - max(start, seq.high_water))
-        seq.high_water = max(seq.high_water, end)
 
     def _release_siblings(self, seq: Sequence) -> None:
         """The prompt is computed, or will not be here: the other choices go on from what there is."""
@@ -706,35 +674,4 @@ class Scheduler:
         choices.remove(seq)
         if not choices:
             del self._requests[seq.request.id]
-        usage = Usage(
-            prompt_tokens=seq.num_prompt,
-            output_tokens=seq.num_output,
-            cached_tokens=seq.num_cached,
-            recomputed_tokens=seq.num_recomputed,
-            preemptions=seq.num_preemptions,
-        )
-        now, first = self._now(), seq.first_token_at
-        timings = Timings(
-            queued=(seq.started_at or now) - seq.arrived_at,
-            to_first_token=None if first is None else first - seq.arrived_at,
-            total=now - seq.arrived_at,
-        )
-        self._out.finished.append(Finished(seq.request.id, seq.choice, reason, usage, timings, error))
-
-    def _report(self, seq: Sequence, kind: ProgressKind) -> None:
-        self._out.progress.append(Progress(seq.request.id, seq.choice, kind))
-
-    # Timers
-
-    def _at(self, when: float, request_id: str, action: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (when, next(self._arrivals), request_id, action))
-        if len(self._timers) > self._most_timers:
-            # Most requests end long before their deadlines: forget those of the dead.
-            self._timers = [timer for timer in self._timers if timer[2] in self._requests]
-            heapq.heapify(self._timers)
-            self._most_timers = max(FEW_TIMERS, 2 * len(self._timers))
-
-    def _run_timers(self) -> None:
-        while self._timers and self._timers[0][0] <= self._now():
-            *_, action = heapq.heappop(self._timers)
-            action()
+        self._journal.finished(seq, reason, error)

@@ -83,7 +83,7 @@ class Sequence:
         return len(self.tokens) + self.pending - self.num_scheduled
 
     @property
-    def has_credit(self) -> bool:
+    def may_sample(self) -> bool:
         """Whether the next token may be produced: credit and length allow it."""
         return self.num_output + self.pending < min(self.emit_upto, self.max_output)
 
@@ -116,7 +116,9 @@ class Sequence:
         return None
 
     def rewind(self) -> None:
-        """Go back to what is collected: whatever is under way will be dropped."""
+        """Go back to what is collected. A step under way runs to its end, and its result is dropped; the
+        blocks that it writes to stay fenced until then.
+        """
         self.generation += 1
         self.num_scheduled = self.table.num_tokens
         self.pending = 0

@@ -1,0 +1,84 @@
+"""What there is to tell the front, gathered step by step, and the totals since the start."""
+
+from collections.abc import Callable
+
+from tidegate.engine.messages import (
+    Admitted,
+    Delta,
+    Finished,
+    PositionLogprobs,
+    Progress,
+    ProgressKind,
+    Refused,
+    Stats,
+    StepOutput,
+    Timings,
+    Usage,
+)
+from tidegate.engine.request import FinishReason, Violation
+from tidegate.engine.sequence import Sequence
+
+
+class Journal:
+    """The scheduler writes, the core takes. ``now`` is a monotonic clock in seconds."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.stats = Stats()
+        self._now = now
+        self._out = StepOutput()
+
+    def take(self) -> StepOutput:
+        """All there is to say since the last call."""
+        out, self._out = self._out, StepOutput()
+        return out
+
+    def refused(self, request_id: str, violations: list[Violation]) -> None:
+        self._out.refused.append(Refused(request_id, violations))
+
+    def admitted(self, seq: Sequence, known: int, on_host: int) -> None:
+        """It starts with so many tokens that need no compute, some of them still in the host tier.
+
+        Output that came with the request may be among them; only the prompt is reported.
+        """
+        seq.num_cached = min(known, seq.num_prompt)
+        if seq.choice == 0:
+            self.stats.prefix_hit_tokens += known
+            self.stats.prefix_host_hit_tokens += on_host
+            cached_host = min(on_host, seq.num_cached)
+            self._out.admitted.append(Admitted(seq.request.id, seq.num_cached - cached_host, cached_host))
+
+    def computed(self, seq: Sequence, start: int, end: int) -> None:
+        """KV of positions ``[start, end)``; what lies below the sequence's high water was there before."""
+        again = max(0, min(end, seq.high_water) - start)
+        seq.num_recomputed += again
+        self.stats.recomputed_tokens += again
+        self.stats.prompt_tokens += max(0, min(end, seq.num_prompt) - max(start, seq.high_water))
+        seq.high_water = max(seq.high_water, end)
+
+    def token(self, seq: Sequence, token_id: int, logprobs: PositionLogprobs | None) -> None:
+        """The next token of the output; to be told before it is appended."""
+        if seq.first_token_at is None:
+            seq.first_token_at = self._now()
+        self.stats.output_tokens += 1
+        wanted = None if logprobs is None else [logprobs]
+        self._out.deltas.append(Delta(seq.request.id, seq.choice, seq.num_output, [token_id], wanted))
+
+    def progress(self, seq: Sequence, kind: ProgressKind) -> None:
+        self._out.progress.append(Progress(seq.request.id, seq.choice, kind))
+
+    def finished(self, seq: Sequence, reason: FinishReason, error: str | None) -> None:
+        """The last word about a choice."""
+        usage = Usage(
+            prompt_tokens=seq.num_prompt,
+            output_tokens=seq.num_output,
+            cached_tokens=seq.num_cached,
+            recomputed_tokens=seq.num_recomputed,
+            preemptions=seq.num_preemptions,
+        )
+        now, first = self._now(), seq.first_token_at
+        timings = Timings(
+            queued=(now if seq.started_at is None else seq.started_at) - seq.arrived_at,
+            to_first_token=None if first is None else first - seq.arrived_at,
+            total=now - seq.arrived_at,
+        )
+        self._out.finished.append(Finished(seq.request.id, seq.choice, reason, usage, timings, error))
