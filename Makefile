@@ -10,7 +10,7 @@ WHEEL_ENV := .cache/wheel-env
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos demo check test wheel-env bench simulate clean
+.PHONY: help install protos demo check test wheel-env bench simulate gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ bench: protos ## Offline throughput of the demo checkpoint, as JSON in .cache/
 
 simulate: protos ## Policies against loads on simulated machines: the real scheduler in virtual time
 	$(BIN)/python tests/simulation/lab.py
+
+gpu: ## On a machine with CUDA, torch and triton: the kernels against references, peers and roofline
+	PYTHONPATH=.src:tests/support:tests/gpu $(PYTHON) -P tests/gpu/kernels.py --json gpu-kernels.json
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .cache dist

@@ -1,0 +1,92 @@
+"""The kernels between the matrix products of a layer, against torch in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tidegate.kernels.triton.activation import silu_mul
+from tidegate.kernels.triton.norm import add_rms_norm, rms_norm
+from tidegate.kernels.triton.rope_kv_write import rope_kv_write
+
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 1e-6), (torch.float16, 1e-3)], ids=["fp32", "fp16"]
+)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [64, 1536, 900])
+def test_rms_norm(size, dtype, limit):
+    x_TM, weight_M = torch.randn(3, size).to(dtype), torch.randn(size).to(dtype)
+    expected_TM = F.rms_norm(x_TM.double(), (size,), weight_M.double(), 1e-5)
+    assert relative_error(rms_norm(x_TM, weight_M, 1e-5), expected_TM) < limit
+
+
+@DTYPES
+def test_the_residual_is_added_in_place_and_the_rounded_sum_is_normalized(dtype, limit):
+    """As the two operations one after the other: the residual keeps what the norm has seen."""
+    x_TM, weight_M = torch.randn(3, 900).to(dtype), torch.randn(900).to(dtype)
+    residual_TM = torch.randn(3, 1000).to(dtype)[:, :900]
+    sum_TM = x_TM + residual_TM
+    normed_TM = add_rms_norm(x_TM, residual_TM, weight_M, 1e-5)
+    assert torch.equal(residual_TM, sum_TM)
+    assert relative_error(normed_TM, F.rms_norm(sum_TM.double(), (900,), weight_M.double(), 1e-5)) < limit
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [16, 1500])
+def test_silu_mul(size, dtype, limit):
+    gate_up_TE = (torch.randn(3, 2 * size) * 3).to(dtype)
+    gate_TF, up_TF = gate_up_TE.double().chunk(2, 1)
+    assert relative_error(silu_mul(gate_up_TE), F.silu(gate_TF) * up_TF) < limit
+
+
+@DTYPES
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(8, 2, 64), (3, 1, 80), (14, 7, 96)])
+def test_rope_turns_query_and_key_and_fills_the_slots_alone(
+    num_heads, num_kv_heads, head_dim, normed, dtype, limit
+):
+    """Heads of query, key and value lie side by side, and a program's share may hold all three."""
+    num_tokens, turned = 5, num_heads + num_kv_heads
+    qkv_TXD = torch.randn(num_tokens, turned + num_kv_heads, head_dim).to(dtype)
+    angles_TF = torch.randn(num_tokens, head_dim // 2)
+    cos_T1D = torch.cat((angles_TF.cos(), angles_TF.cos()), 1)[:, None].to(dtype)
+    sin_T1D = torch.cat((-angles_TF.sin(), angles_TF.sin()), 1)[:, None].to(dtype)
+    pool = torch.full((9, 3, 2, num_kv_heads, 16, head_dim), torch.nan, dtype=dtype)
+    blocks_T, offsets_T = torch.tensor([8, 0, 0, 5, 3]), torch.tensor([15, 0, 1, 7, 7])
+    norms = (torch.randn(head_dim).to(dtype), torch.randn(head_dim).to(dtype), 1e-6) if normed else None
+
+    query_THD = rope_kv_write(qkv_TXD, cos_T1D, sin_T1D, pool[:, 1], blocks_T, offsets_T, norms)
+
+    heads_TXD = qkv_TXD[:, :turned].double()
+    if norms is not None:
+        weights_XD = torch.stack([norms[0]] * num_heads + [norms[1]] * num_kv_heads)
+        heads_TXD = F.rms_norm(heads_TXD, (head_dim,), None, 1e-6) * weights_XD
+    expected_TXD = heads_TXD * cos_T1D + heads_TXD.roll(head_dim // 2, -1) * sin_T1D
+    assert relative_error(query_THD, expected_TXD[:, :num_heads]) < limit
+    assert relative_error(pool[blocks_T, 1, 0, :, offsets_T], expected_TXD[:, num_heads:]) < limit
+    assert torch.equal(pool[blocks_T, 1, 1, :, offsets_T], qkv_TXD[:, turned:])
+    pool[blocks_T, 1, :, :, offsets_T] = torch.nan
+    assert pool.isnan().all()
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="weight_M"):
+        rms_norm(torch.zeros(1, 8), torch.zeros(7), 1e-5)
+    with pytest.raises(ValueError, match="residual_TM"):
+        add_rms_norm(torch.zeros(1, 8), torch.zeros(2, 8), torch.zeros(8), 1e-5)
+    with pytest.raises(ValueError, match="gate_up_TE"):
+        silu_mul(torch.zeros(1, 7))
+    angles_T1D, slots_T = torch.zeros(1, 1, 8), torch.zeros(1, dtype=torch.int64)
+    for qkv_TXD, slots, message in (
+        (torch.zeros(1, 4, 8), slots_T, "qkv_TXD"),
+        (torch.zeros(1, 6, 8).half(), slots_T, "kv_NCKBD"),
+        (torch.zeros(1, 6, 8), slots_T.int(), "slot_blocks_T"),
+        (torch.zeros(2, 6, 8), slots_T, "cos_T1D"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rope_kv_write(qkv_TXD, angles_T1D, angles_T1D, torch.zeros(4, 2, 2, 16, 8), slots, slots)
