@@ -13,13 +13,21 @@ from tidegate.engine.config import ConfigError
 
 SOCKET_MODE = 0o770
 UNIX_PREFIX = "unix:"
+MAX_PATH_BYTES = 107
 
 
 def check_address(address: str, insecure: bool) -> None:
     """Raises ``ConfigError`` for an address that cannot be read, or that strangers could reach."""
     if address.startswith(UNIX_PREFIX):
-        if not address.removeprefix(UNIX_PREFIX):
+        path = address.removeprefix(UNIX_PREFIX)
+        if not path:
             raise ConfigError(f"address {address!r} has no path; write unix:PATH")
+        if "%" in path:
+            raise ConfigError(f"address {address}: gRPC would decode the %; choose a path without one")
+        if (size := len(os.fsencode(os.path.abspath(path)))) > MAX_PATH_BYTES:
+            raise ConfigError(
+                f"address {address}: the path has {size} bytes, a socket's {MAX_PATH_BYTES} at most"
+            )
         return
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdigit() or int(port) > 65535:
@@ -93,7 +101,9 @@ def _add_port(server: grpc.aio.Server, address: str) -> int:
     try:
         return server.add_insecure_port(address)
     except RuntimeError as error:
-        raise ConfigError(f"address {address} cannot be opened: is it in use?") from error
+        raise ConfigError(
+            f"address {address} cannot be opened: is it in use, or not of this machine?"
+        ) from error
 
 
 def _is_loopback(host: str) -> bool:

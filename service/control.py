@@ -1,6 +1,7 @@
 """``ControlService``: what a router or a balancer needs to know."""
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -12,7 +13,7 @@ from tidegate.engine.request import Violation
 from tidegate.engine.text import Text
 from tidegate.service import convert
 from tidegate.service.errors import Failure
-from tidegate.service.hub import Hub
+from tidegate.service.hub import Hub, draining
 from tidegate.service.intake import TENANT, check_model, seconds
 from tidegate.service.session import SessionLimits
 from tidegate.v1 import control_pb2, control_pb2_grpc
@@ -80,7 +81,9 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 yield control_pb2.WatchLoadResponse(
                     load=convert.load(stats, is_draining), totals=convert.totals(stats)
                 )
-            await asyncio.sleep(interval)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hub.stopping.wait(), interval)
+                raise draining()
 
     async def Abort(self, request: control_pb2.AbortRequest, context: object) -> control_pb2.AbortResponse:
         if request.HasField("tenant") and request.tenant != TENANT:

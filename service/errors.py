@@ -19,6 +19,8 @@ from google.rpc import error_details_pb2, status_pb2
 from tidegate.engine.request import Violation
 
 DOMAIN = "tidegate"
+MAX_VIOLATIONS = 32
+"""Of one status. gRPC drops the details of one that exceeds its 8 KB of trailers."""
 
 CODES: Mapping[str, grpc.StatusCode] = {
     "INVALID_REQUEST": grpc.StatusCode.INVALID_ARGUMENT,
@@ -34,6 +36,7 @@ CODES: Mapping[str, grpc.StatusCode] = {
     "TENANT_NOT_ALLOWED": grpc.StatusCode.PERMISSION_DENIED,
     "QUEUE_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "SESSION_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "CLIENT_TOO_SLOW": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "TIME_LIMIT": grpc.StatusCode.DEADLINE_EXCEEDED,
     "OPEN_TIMEOUT": grpc.StatusCode.DEADLINE_EXCEEDED,
     "DRAINING": grpc.StatusCode.UNAVAILABLE,
@@ -69,8 +72,11 @@ class Failure(Exception):
 
     @classmethod
     def invalid(cls, violations: list[Violation]) -> "Failure":
-        fields = ", ".join(dict.fromkeys(violation.field for violation in violations))
-        return cls("INVALID_REQUEST", f"the request is invalid in: {fields}", violations=violations)
+        told = violations[:MAX_VIOLATIONS]
+        fields = ", ".join(dict.fromkeys(violation.field for violation in told))
+        if untold := len(violations) - len(told):
+            fields += f" and {untold} more"
+        return cls("INVALID_REQUEST", f"the request is invalid in: {fields}", violations=told)
 
     @classmethod
     def internal(cls) -> "Failure":
@@ -121,7 +127,13 @@ class Guard(grpc.aio.ServerInterceptor):
 
     grpc.aio itself would put an exception's text into the status, and answer bytes that it cannot
     decode before any handler is reached. So the guard takes messages as bytes and parses them inside.
+
+    It also ends a stream whose client takes no message for ``stall_limit`` seconds. gRPC's keepalive does
+    not notice a peer that is frozen with its buffers full: the ping waits behind what cannot be written.
     """
+
+    def __init__(self, stall_limit: float) -> None:
+        self._stall_limit = stall_limit
 
     async def intercept_service(
         self,
@@ -133,13 +145,35 @@ class Guard(grpc.aio.ServerInterceptor):
             return None
         method, parse = handler_call_details.method, handler.request_deserializer
         if handler.request_streaming and handler.response_streaming:
-            behavior = _guard(method, _streaming(handler.stream_stream, _each(parse)))
+            behavior = _guard(method, self._streaming(handler.stream_stream, _each(parse)))
             return grpc.stream_stream_rpc_method_handler(behavior, None, handler.response_serializer)
         if handler.response_streaming:
-            behavior = _guard(method, _streaming(handler.unary_stream, _one(parse)))
+            behavior = _guard(method, self._streaming(handler.unary_stream, _one(parse)))
             return grpc.unary_stream_rpc_method_handler(behavior, None, handler.response_serializer)
         behavior = _guard(method, _unary(handler.unary_unary, _one(parse)))
         return grpc.unary_unary_rpc_method_handler(behavior, None, handler.response_serializer)
+
+    def _streaming(self, behavior: Handler, read: Callable[[Any], Any]) -> Handler:
+        """Both styles of grpc.aio: a coroutine that writes to the context, or a generator of messages.
+
+        A generator goes on behind its ``yield`` when the message was written.
+        """
+
+        async def handle(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+            result = behavior(read(request), context)
+            if not isinstance(result, AsyncGenerator):
+                await result
+                return
+            # Closed at once when the client leaves, not when the collector comes by.
+            async with contextlib.aclosing(result) as messages:
+                async for message in messages:
+                    try:
+                        async with asyncio.timeout(self._stall_limit):
+                            await context.write(message)
+                    except TimeoutError:
+                        raise Failure("CLIENT_TOO_SLOW", "the client took no message for too long") from None
+
+        return handle
 
 
 def _guard(method: str, behavior: Handler) -> Handler:
@@ -162,25 +196,6 @@ def _guard(method: str, behavior: Handler) -> Handler:
 def _unary(behavior: Handler, read: Callable[[Any], Any]) -> Handler:
     async def handle(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
         return await behavior(read(request), context)
-
-    return handle
-
-
-def _streaming(behavior: Handler, read: Callable[[Any], Any]) -> Handler:
-    """Both styles of grpc.aio: a coroutine that writes to the context, or a generator of messages.
-
-    A generator goes on behind its ``yield`` when the message was written.
-    """
-
-    async def handle(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-        result = behavior(read(request), context)
-        if isinstance(result, AsyncGenerator):
-            # Closed at once when the client leaves, not when the collector comes by.
-            async with contextlib.aclosing(result) as messages:
-                async for message in messages:
-                    await context.write(message)
-        else:
-            await result
 
     return handle
 

@@ -217,7 +217,7 @@ class Generation:
         choice.is_confirmed = True
         self._usage.recomputed_tokens += finished.usage.recomputed_tokens
         self._usage.preemptions += finished.usage.preemptions
-        if choice.end is not None:
+        if self.is_ended or choice.end is not None:
             return
         if finished.reason is FinishReason.ERROR:
             self.fail(Failure(finished.error or "INTERNAL", "the engine could not compute the request"))

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Iterable
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tidegate.service.errors import Failure
+from tidegate.service.hub import draining
 
 
 class HealthService(health_pb2_grpc.HealthServicer):
@@ -18,11 +19,18 @@ class HealthService(health_pb2_grpc.HealthServicer):
     def __init__(self, services: Iterable[str]) -> None:
         self._services = frozenset(("", *services))
         self._is_serving = False
+        self._is_closed = False
         self._changed = asyncio.Condition()
 
     async def set_serving(self, is_serving: bool) -> None:
         async with self._changed:
             self._is_serving = is_serving
+            self._changed.notify_all()
+
+    async def close(self) -> None:
+        """Not serving any more, and every watch ends behind that."""
+        async with self._changed:
+            self._is_serving, self._is_closed = False, True
             self._changed.notify_all()
 
     async def Check(
@@ -40,6 +48,8 @@ class HealthService(health_pb2_grpc.HealthServicer):
             yield state
             async with self._changed:
                 while self._state(request.service) == state:
+                    if self._is_closed:
+                        raise draining()
                     await self._changed.wait()
                 state = self._state(request.service)
 

@@ -33,6 +33,8 @@ class Hub:
         self.stats = Stats()
         self.max_waiting = max_waiting
         self.is_draining = False
+        self.stopping = asyncio.Event()
+        """Set when the server ends the streams that would go on for ever."""
         self._engine = engine
         self._text = text
         self._generations: dict[tuple[str, str], Generation] = {}

@@ -16,6 +16,10 @@ TENANT = "local"
 """Whoever reaches a server without credentials. Others come with authentication."""
 
 MAX_REQUEST_ID_CHARS = 256
+MAX_CHAT_PARTS = 2**14
+"""Messages of a conversation and parts of their contents: a template renders some 200,000 a second."""
+MAX_PROMPT_CHARS = 2**22
+"""Text beyond any model's context; to tokenize it takes a hundred times its size in memory."""
 
 RequestMessage = session_pb2.Start | inference_pb2.GenerateRequest | inference_pb2.GenerateUnaryRequest
 """The messages that start a request; they share the names of their fields."""
@@ -130,7 +134,7 @@ class Intake:
             raise Failure.invalid(invalid.violations) from invalid
 
     def check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
-        """Raises ``Failure`` where the model does not have one of them."""
+        """Raises ``Failure`` where the model does not have one of them, or has no room for so many."""
         if violations := self._unknown_ids(field, token_ids):
             raise Failure.invalid(violations)
 
@@ -138,6 +142,7 @@ class Intake:
         """Raises ``InvalidRequest`` with the paths of the message, or ``Failure``."""
         match prompt.WhichOneof("content"):
             case "text":
+                _check_length("prompt.text", len(prompt.text))
                 try:
                     return await self._text.encode_async(prompt.text)
                 except InvalidRequest as invalid:
@@ -156,6 +161,12 @@ class Intake:
     async def _render(self, chat: prompt_pb2.Chat) -> list[int]:
         if not self._text.has_chat_template:
             raise Failure("NO_CHAT_TEMPLATE", "this model has no chat template: send text or token ids")
+        num_parts = len(chat.messages)
+        if num_parts <= MAX_CHAT_PARTS:
+            num_parts += sum(len(message.content) for message in chat.messages)
+        if num_parts > MAX_CHAT_PARTS:
+            text = f"must be at most {MAX_CHAT_PARTS}, parts of contents included"
+            raise InvalidRequest([Violation("prompt.chat.messages", text)])
         violations = [
             Violation(f"prompt.chat.messages[{index}].content[{part_index}]", "must hold text")
             for index, message in enumerate(chat.messages)
@@ -164,6 +175,10 @@ class Intake:
         ]
         if violations:
             raise InvalidRequest(violations)
+        num_chars = sum(
+            len(message.role) + sum(len(part.text) for part in message.content) for message in chat.messages
+        )
+        _check_length("prompt.chat.messages", num_chars)
         conversation = [
             {"role": message.role, "content": "".join(part.text for part in message.content)}
             for message in chat.messages
@@ -206,12 +221,21 @@ class Intake:
         return [Violation(field, text)]
 
     def _unknown_ids(self, field: str, token_ids: Sequence[int]) -> list[Violation]:
-        """One violation, for the first id that the model does not have."""
-        vocab_size = self._hub.info.vocab_size
+        """One violation, for the first id that the model does not have, or for more than fit it."""
+        vocab_size, longest = self._hub.info.vocab_size, self._hub.info.max_model_len
+        if len(token_ids) > longest:
+            # Not looked at: a message holds tens of millions, and every other stream would wait.
+            return [Violation(field, f"{len(token_ids)} tokens exceed the limit of {longest}")]
         for index, token_id in enumerate(token_ids):
             if token_id >= vocab_size:
                 return [Violation(f"{field}[{index}]", f"must be below the vocabulary's size, {vocab_size}")]
         return []
+
+
+def _check_length(path: str, num_chars: int) -> None:
+    """Raises ``InvalidRequest`` before the work of tokenizing."""
+    if num_chars > MAX_PROMPT_CHARS:
+        raise InvalidRequest([Violation(path, f"must have at most {MAX_PROMPT_CHARS} characters")])
 
 
 def seconds(duration: Duration) -> float:

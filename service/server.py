@@ -3,9 +3,9 @@
 import asyncio
 import contextlib
 import hashlib
+import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from tidegate.engine.checkpoint import resolve
 from tidegate.engine.client import EngineClient, EngineGone
 from tidegate.engine.config import ConfigError, EngineConfig
-from tidegate.engine.logging import LogFormat, configure_logging
+from tidegate.engine.logging import LogFormat, configure_logging, process_age
 from tidegate.engine.messages import EngineInfo
 from tidegate.engine.process import ProcessClient
 from tidegate.engine.text import Text
@@ -37,6 +37,7 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_PENDING_REQUESTS = 20_000
 KEEPALIVE_MS = 10_000
 PING_TIMEOUT_MS = 5_000
+MAX_DRAIN_GRACE = 86_400
 STOP_SECONDS = 2.0
 """For RPCs to write their last messages, once their requests have ended."""
 
@@ -79,8 +80,8 @@ class ServerConfig:
             raise ConfigError("addresses must name at least one address")
         for address in self.addresses:
             check_address(address, self.insecure)
-        if self.drain_grace < 0:
-            raise ConfigError(f"drain_grace must not be negative; got {self.drain_grace}")
+        if not 0 <= self.drain_grace <= MAX_DRAIN_GRACE:
+            raise ConfigError(f"drain_grace must be between 0 and {MAX_DRAIN_GRACE}; got {self.drain_grace}")
 
 
 class Server:
@@ -99,6 +100,8 @@ class Server:
         """With the ports that were chosen for port 0."""
         self.engine_ended = asyncio.create_task(hub.run())
         """Fails once the engine is gone. Every request has ended by then."""
+        self.is_closed = False
+        """After ``stop``, False where gRPC cannot end: a client is frozen, with its buffers full."""
         self._grpc_server = grpc_server
         self._hub = hub
         self._sessions = sessions
@@ -119,9 +122,14 @@ class Server:
 
     async def stop(self) -> None:
         """End all streams, behind what they still have to say, and give the ports back."""
-        await self._health.set_serving(False)
+        await self._health.close()
+        self._hub.stopping.set()
         self._sessions.close()
-        await self._grpc_server.stop(STOP_SECONDS)
+        self._stopping = asyncio.create_task(self._grpc_server.stop(STOP_SECONDS))
+        await asyncio.wait({self._stopping}, timeout=2 * STOP_SECONDS)
+        self.is_closed = self._stopping.done()
+        if self.is_closed:
+            self._stopping.result()
         self.engine_ended.cancel()
         await asyncio.wait({self.engine_ended})
         self._ports.close()
@@ -154,7 +162,7 @@ async def start_server(
     ]
     health = HealthService(services)
 
-    grpc_server = grpc.aio.server(interceptors=[Guard()], options=GRPC_OPTIONS)
+    grpc_server = grpc.aio.server(interceptors=[Guard(limits.stall_limit)], options=GRPC_OPTIONS)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(
         InferenceService(text, intake, sessions), grpc_server
     )
@@ -218,14 +226,19 @@ async def _serve(config: ServerConfig, engine: EngineClient, text: Text, stoppin
     except ConfigError as error:
         _log.error("cannot start", reason=str(error))
         return 1
-    _log.info("ready", model=engine.info.model, addresses=server.addresses)
+    _log.info("ready", model=engine.info.model, addresses=server.addresses, after_s=round(process_age(), 2))
     await asyncio.wait({stopping, server.engine_ended}, return_when=asyncio.FIRST_COMPLETED)
     if server.engine_ended.done():
         await server.stop()
     else:
         _log.info("draining", grace=config.drain_grace)
         await server.drain(config.drain_grace)
-    return _exit_status(server.engine_ended)
+    status = _exit_status(server.engine_ended)
+    if not server.is_closed:
+        # gRPC would wait for that client for ever, and the interpreter for gRPC.
+        await engine.close()
+        os._exit(status)
+    return status
 
 
 async def _load(config: EngineConfig, log_format: LogFormat) -> tuple[EngineClient, Text]:
@@ -233,7 +246,7 @@ async def _load(config: EngineConfig, log_format: LogFormat) -> tuple[EngineClie
 
     Raises ``ConfigError``, ``EngineGone``.
     """
-    started = time.perf_counter()
+    own_imports = process_age()
     # A hub name is downloaded here, once; the engine then finds it in the cache.
     folder = await asyncio.to_thread(resolve, config.model)
     engine, text = await asyncio.gather(
@@ -246,7 +259,7 @@ async def _load(config: EngineConfig, log_format: LogFormat) -> tuple[EngineClie
     if isinstance(text, BaseException):
         await engine.close()
         raise text
-    seconds = {**engine.info.load_seconds, "total": time.perf_counter() - started}
+    seconds = {"own_imports": own_imports, **engine.info.load_seconds, "total": process_age()}
     _log.info("loaded", **{f"{name}_s": round(value, 2) for name, value in seconds.items()})
     return engine, text
 

@@ -24,6 +24,9 @@ UNREAD_TOKENS = 4096
 MAX_REQUESTS = 10_000
 OPEN_SECONDS = 5.0
 HEARTBEAT_SECONDS = 15.0
+STALL_SECONDS = 60.0
+UNREAD_REFUSALS = 1000
+"""Refusals that may wait for a client that does not read; then no more of its commands are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,8 @@ class SessionLimits:
     max_message_bytes: int
     open_timeout: float = OPEN_SECONDS
     heartbeat_interval: float = HEARTBEAT_SECONDS
+    stall_limit: float = STALL_SECONDS
+    """How long a client, of any stream, may take no message while there is one."""
     requests_per_session: int = MAX_REQUESTS
     default_credit: int = DEFAULT_CREDIT
 
@@ -117,6 +122,9 @@ class _Session:
         self._intake = intake
         self._limits = limits
         self._live: dict[str, _Live] = {}
+        self._rejections = 0
+        """Answers, other than ends of requests, that were not written yet."""
+        self._was_written = asyncio.Event()
         self._is_closing = False
         """No commands come any more: the stream ends with its last request."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -144,6 +152,9 @@ class _Session:
                 self._obey(command)
                 if self._is_closing:
                     break
+                while self._is_behind():
+                    self._was_written.clear()
+                    await self._was_written.wait()
         except Failure as failure:
             self.outbox.close(failure)
         except Exception as error:  # noqa: BLE001  in a task of its own, nobody else would see it
@@ -211,9 +222,16 @@ class _Session:
             # A RequestError would read as the end of the request that has this id.
             self._reject(request_id, command, failure)
         else:
+            # Its id is taken until the client is told: else one that is used again would end twice.
+            self._live[request_id] = _Live(with_prompt=False)
             self.outbox.put(Failed(request_id, failure))
 
+    def _is_behind(self) -> bool:
+        most_live = self._limits.requests_per_session + UNREAD_REFUSALS
+        return self._rejections >= UNREAD_REFUSALS or len(self._live) >= most_live
+
     def _reject(self, request_id: str, command: str, failure: Failure) -> None:
+        self._rejections += 1
         self.outbox.put(CommandRejected(request_id, command, failure))
 
     # Events.
@@ -247,9 +265,13 @@ class _Session:
             for delta in event:
                 if generation := self._generation(delta.request_id):
                     generation.delivered(delta.choice, delta.end_offset)
-        elif isinstance(event, events.Finished | events.Failed):
-            self._live.pop(event.request_id, None)
+            return
+        if isinstance(event, events.Finished | events.Failed):
+            del self._live[event.request_id]
             self._close_if_done()
+        elif isinstance(event, events.CommandRejected):
+            self._rejections -= 1
+        self._was_written.set()
 
     def _close_if_done(self) -> None:
         if self._is_closing and not self._live:

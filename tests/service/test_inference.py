@@ -16,6 +16,9 @@ from google.protobuf.duration_pb2 import Duration
 from tidegate.engine.messages import Finish, Limit, Submit
 from tidegate.service.errors import CODES
 from tidegate.service.inference import UNREAD_TOKENS
+from tidegate.service.intake import MAX_PROMPT_CHARS
+from tidegate.service.server import MAX_MESSAGE_BYTES
+from tidegate.service.session import SessionLimits
 from tidegate.v1 import events_pb2, inference_pb2, inference_pb2_grpc
 
 Start = Callable[..., Any]
@@ -231,6 +234,25 @@ async def test_a_prompt_without_content_is_refused(front: Front, prompt: Any, fi
     assert list(refusal.violations) == [field]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [
+        ({"text": "x" * (MAX_PROMPT_CHARS + 1)}, "prompt.text"),
+        (
+            {"chat": {"messages": [{"role": "user", "content": [{"text": "x" * 2**21}] * 3}]}},
+            "prompt.chat.messages",
+        ),
+    ],
+    ids=["text", "chat"],
+)
+async def test_a_text_beyond_any_context_is_refused_without_tokenizing_it(
+    front: Front, prompt: Any, field: str
+) -> None:
+    front.text.close()
+    refusal = await refusal_of(front.inference.Generate(inference_pb2.GenerateRequest(prompt=prompt)))
+    assert list(refusal.violations) == [field]
+
+
 async def test_what_can_never_fit_is_refused_before_it_queues(front: Front) -> None:
     fits = MAX_MODEL_LEN - len("the tide")
     refusal = await refusal_of(front.inference.Generate(request(sampling=tokens(fits + 1))))
@@ -380,6 +402,20 @@ async def test_a_reader_that_does_not_read_holds_the_engine_back(start_front: St
         assert {len(choice.tokens) for choice in engine.running} == {granted[-1]}
         assert granted[-1] < 2000
         assert (await kinds(call))[-1] == "finished"
+
+
+async def test_a_reader_that_takes_nothing_for_too_long_loses_its_request(start_front: Start) -> None:
+    """gRPC's keepalive does not see a peer that is frozen: it waits behind what cannot be written."""
+    front = await start_front(limits=SessionLimits(MAX_MESSAGE_BYTES, stall_limit=0.5))
+    small = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536))
+    async with grpc.aio.insecure_channel(front.server.addresses[0], options=small) as channel:
+        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
+            request(sampling={"max_tokens": 2000, "logprobs": 20})
+        )
+        await until(lambda: front.engine.running and front.engine.running[0].stalled)
+        await until(lambda: not front.engine.running)
+        refusal = await refusal_of(call)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CLIENT_TOO_SLOW")
 
 
 async def test_a_choice_that_lags_holds_the_others_back_no_longer_than_it_runs(start_front: Start) -> None:
