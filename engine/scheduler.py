@@ -99,6 +99,7 @@ class Scheduler:
         self._caution = policy.CAUTION_AT_START
         self._displaced = 0
         self._requests: dict[str, list[Sequence]] = {}
+        # The block manager speaks of tables: whose is one that lost blocks?
         self._by_table: dict[BlockTable, Sequence] = {}
         self._ready: list[Sequence] = []
         self._running: list[Sequence] = []

@@ -73,9 +73,6 @@ class StepResult:
 class StepHandle(Protocol):
     """A step under way."""
 
-    def done(self) -> bool:
-        """Whether ``result`` would return without waiting."""
-
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled; raises what the step raised."""
 

@@ -611,7 +611,10 @@ class BlockManager:
     def _settle(self, block: Block) -> None:
         """Decide what a block's slots are good for now, from its slots and holders alone.
 
-        Called after every change of a block; the only place that puts it on a list.
+        Called after every change of a block; the only place that puts it on a list: *draining* (its device
+        slot comes free by itself), *evictable* and *evictable parked* (it may be taken: nobody's, or one
+        of a sequence that will load it again), *host prefixes* and *host mirrors* (its host slot may be
+        taken: nobody's, or a copy of what a running sequence has on the device).
         """
         self._unlist(block)
         fenced = block.fence > self._collected

@@ -104,9 +104,6 @@ class Launched:
     ends: float
     outcome: StepResult
 
-    def done(self) -> bool:
-        return self.clock.time >= self.ends
-
     def result(self) -> StepResult:
         self.clock.time = max(self.clock.time, self.ends)
         return self.outcome

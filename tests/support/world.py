@@ -131,9 +131,6 @@ class FakeStep:
     plan: StepPlan
     outcome: StepResult | Exception | None = None
 
-    def done(self) -> bool:
-        return self.outcome is not None
-
     def result(self) -> StepResult:
         self.runner.run_until(self)
         if isinstance(self.outcome, Exception):
