@@ -37,6 +37,9 @@ class TokensPrompt(TypedDict):
     prompt_token_ids: list[int]
 
 
+OFFLINE_STEP_TOKENS = 2048
+"""Nobody waits for the next token of a stream here, and longer steps compute prompts faster."""
+
 Prompt = str | list[int] | TokensPrompt
 Message = Mapping[str, Any]
 
@@ -96,7 +99,7 @@ class LLM:
             host_kv_tokens=host_kv_tokens,
             block_size=block_size,
             preemption=preemption,
-            **options,
+            **{"max_step_tokens": OFFLINE_STEP_TOKENS, **options},
         )
         quiet_by_default()
         self._text = Text.load(model)
