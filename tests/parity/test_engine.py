@@ -22,6 +22,8 @@ from tidegate.engine.request import SamplingParams
 
 NEAR_TIE = 1e-4
 PROMPTS_EACH = 19
+ALONE = 5
+"""Prompts of each checkpoint that also run with nothing beside them."""
 OUTPUT = 40
 BLOCK = 8
 
@@ -78,6 +80,16 @@ class Tally:
     swapped_in: int = 0
     recomputed: int = 0
 
+    def compare(
+        self, model: PreTrainedModel, prompt: list[int], wanted: list[int], ours: list[int], name: str
+    ) -> None:
+        """The same tokens, or a near tie of the reference's own."""
+        self.compared += 1
+        if ours != wanted:
+            margin = explain(model, prompt, ours)
+            assert margin < NEAR_TIE, f"{name}: off by {margin}"
+            self.near_ties.append(f"{name}: {margin:.1e}")
+
 
 @pytest.fixture(scope="module")
 def tally() -> Iterator[Tally]:
@@ -118,7 +130,7 @@ def load_reference(path: Path) -> PreTrainedModel:
 def test_greedy_output_is_that_of_transformers(
     variant: str, checkpoint: Callable[[str], Path], tally: Tally
 ) -> None:
-    """Every token, under every variation of batch, memory, chunking, caching and depth."""
+    """Every token, alone, and under every variation of batch, memory, chunking, caching and depth."""
     path = checkpoint(variant)
     model, prompts = load_reference(path), prompts_for(variant)
     expected = [reference_tokens(model, prompt, OUTPUT) for prompt in prompts]
@@ -135,12 +147,12 @@ def test_greedy_output_is_that_of_transformers(
         tally.swapped_in += stats.swap_in_bytes
         tally.recomputed += stats.recomputed_tokens
         for i, (prompt, wanted) in enumerate(zip(prompts, expected, strict=True)):
-            ours = outcome.tokens[f"r{i}", 0]
-            tally.compared += 1
-            if ours != wanted:
-                margin = explain(model, prompt, ours)
-                assert margin < NEAR_TIE, f"prompt {i} under {variation}: off by {margin}"
-                tally.near_ties.append(f"{variant}/{i}: {margin:.1e}")
+            tally.compare(model, prompt, wanted, outcome.tokens[f"r{i}", 0], f"{variant}/{i}, {variation}")
+    core = build_engine(config_for(str(path), **PRESSURE["all"]))
+    for request, wanted in zip(requests_for(prompts[:ALONE], params), expected, strict=False):
+        ours = drive(core, [request]).tokens[request.id, 0]
+        tally.compare(model, request.prompt_token_ids, wanted, ours, f"{variant}/{request.id}, alone")
+    core.close()
 
 
 @pytest.mark.timeout(300)
