@@ -27,7 +27,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_model_len: int | None = None
     """Prompt and output of one sequence. None: what the checkpoint and the device tier allow."""
     block_size: int | None = None
-    """Tokens a KV block. None: what measured best on the device."""
+    """Tokens a KV block. None: the device's own choice."""
     device_kv_tokens: int | None = None
     """Size of the device tier. None: from the memory that is free."""
     host_kv_tokens: int | None = None
