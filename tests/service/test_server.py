@@ -90,7 +90,7 @@ async def test_a_fault_in_one_requests_output_leaves_the_others(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detokenizer = front.text.detokenizer
-    made = []
+    made: list[Any] = []
 
     def broken_once(skip_special_tokens: bool) -> Any:
         made.append(detokenizer(skip_special_tokens))
@@ -103,6 +103,8 @@ async def test_a_fault_in_one_requests_output_leaves_the_others(
     for request_id in ("broken", "whole"):
         start = {"request_id": request_id, "prompt": {"text": "x"}, "sampling": {"max_tokens": 5}}
         await session.send(start=start)
+        # Prompts are read in threads: the second must not overtake the first.
+        await until(lambda: len(made) >= 1)
     await session.send(close={})
     await session.rest()
     assert session.ends("broken") == ["request_error"]
