@@ -36,7 +36,23 @@ class Finish(msgspec.Struct, tag="finish"):
     at_offset: int | None = None
 
 
-Command = Submit | Limit | Finish
+class Update(msgspec.Struct, tag="update"):
+    """Change a request that runs; what is None stays as it is. Behind its end it does nothing."""
+
+    request_id: str
+    max_tokens: int | None = None
+    """The new limit of every choice that runs. It can only grow."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Replaces those of the request, from the next token on."""
+
+
+class Release(msgspec.Struct, tag="release"):
+    """The leases of these requests are over: nobody will continue them. Unknown ids do no harm."""
+
+    request_ids: list[str]
+
+
+Command = Submit | Limit | Finish | Update | Release
 
 
 class Logprob(msgspec.Struct, array_like=True):

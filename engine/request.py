@@ -124,6 +124,13 @@ class SamplingParams(
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
 
+class Parent(msgspec.Struct, frozen=True, array_like=True):
+    """A choice of an earlier request, which still runs or whose KV was leased, by the engine's id of it."""
+
+    request_id: str
+    choice: int = 0
+
+
 class Request(msgspec.Struct, kw_only=True):
     """One admitted request, as the engine sees it: token ids only, every choice resolved.
 
@@ -147,6 +154,11 @@ class Request(msgspec.Struct, kw_only=True):
     deadline: float | None = None
     """On the machine's monotonic clock, in seconds."""
     output_token_ids: list[int] = []
+    parent: Parent | None = None
+    """Whose KV holds a prefix of this prompt, down to the last position in common. Only a hint: the prompt
+    stands here in full, and where the parent's KV is gone it is computed like any other."""
+    is_leased: bool = False
+    """Keep its KV behind its end, as long as there is room, until the front says ``Release``."""
 
 
 def _within(value: float, low: float, high: float) -> bool:
