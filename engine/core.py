@@ -8,7 +8,17 @@ import time
 from collections import deque
 
 from tidegate.engine.memory.copies import Transfer
-from tidegate.engine.messages import Command, EngineInfo, Finish, Limit, Stats, StepOutput, Submit
+from tidegate.engine.messages import (
+    Command,
+    EngineInfo,
+    Finish,
+    Limit,
+    Release,
+    Stats,
+    StepOutput,
+    Submit,
+    Update,
+)
 from tidegate.engine.scheduler import ScheduledStep, Scheduler
 from tidegate.engine.step import Runner, StepHandle
 
@@ -43,6 +53,10 @@ class EngineCore:
                 self.scheduler.limit(command)
             case Finish():
                 self.scheduler.finish(command)
+            case Update():
+                self.scheduler.update(command)
+            case Release():
+                self.scheduler.release(command)
 
     def step(self) -> StepOutput:
         """One beat: what it returns may be empty."""

@@ -25,10 +25,12 @@ from tidegate.engine.messages import (
     Limit,
     PositionLogprobs,
     ProgressKind,
+    Release,
     Stats,
     StepOutput,
     Submit,
     TierStats,
+    Update,
 )
 from tidegate.engine.request import FinishReason, Request, Violation
 from tidegate.engine.sequence import Sequence, Status
@@ -136,6 +138,18 @@ class Scheduler:
 
     def finish(self, command: Finish) -> None:
         self._end(command.request_id, command.reason, command.choice, command.at_offset)
+
+    def update(self, command: Update) -> None:
+        for seq in self._requests.get(command.request_id, ()):
+            if command.stop_token_ids is not None:
+                ends = frozenset() if seq.request.params.ignore_eos else self._eos
+                seq.stop_ids = frozenset(command.stop_token_ids) | ends
+            if command.max_tokens is not None:
+                most = self._limits.max_model_len - seq.num_prompt
+                seq.max_output = max(seq.max_output, min(most, command.max_tokens))
+
+    def release(self, command: Release) -> None:
+        """Leases end. Nothing is leased yet: what a finished request computed stays as a known prefix."""
 
     def request_ids(self) -> list[str]:
         """Requests that have not ended, in the order in which they came."""
