@@ -31,14 +31,18 @@ from tidegate.service.events import (
 class _Choice:
     index: int
     stream: TextStream
-    offset: int
-    """Output tokens [0, offset) came with the request or from the engine, and count."""
+    token_ids: list[int]
+    """Output that came with the request or from the engine, and counts."""
     delivered: int
     """Output tokens [0, delivered) were written to the client's stream."""
-    last_token_id: int | None
     end: ChoiceEnd | None = None
     is_confirmed: bool = False
     """Whether the engine said that it holds nothing of this choice any more."""
+
+    @property
+    def offset(self) -> int:
+        """Of the next token."""
+        return len(self.token_ids)
 
 
 class Generation:
@@ -106,8 +110,7 @@ class Generation:
         for index in range(self._num_choices):
             stream = TextStream(text, request.params)
             stream.push(given)
-            last_token_id = given[-1] if given else None
-            self._choices.append(_Choice(index, stream, len(given), len(given), last_token_id))
+            self._choices.append(_Choice(index, stream, list(given), len(given)))
         self._limit = request.emit_upto = self._allowed()
         if given:
             reason = _end_of_given(request, self._choices[0].stream, eos_token_ids)
@@ -195,8 +198,7 @@ class Generation:
         added = choice.stream.push(delta.token_ids, reason)
         token_ids = delta.token_ids[: added.num_tokens]
         logprobs = delta.logprobs[: added.num_tokens] if delta.logprobs else None
-        choice.offset += len(token_ids)
-        choice.last_token_id = token_ids[-1]
+        choice.token_ids += token_ids
         if added.stop is not None:
             reason = FinishReason.STOP_STRING
             self._finish_in_engine(reason, choice)
@@ -256,7 +258,7 @@ class Generation:
     def _decide(self, choice: _Choice, reason: FinishReason) -> None:
         choice.end = ChoiceEnd(choice.index, reason, choice.offset)
         if reason is FinishReason.STOP_TOKEN:
-            choice.end.stop_token_id = choice.last_token_id
+            choice.end.stop_token_id = choice.token_ids[-1]
         elif reason is FinishReason.STOP_STRING and choice.stream.stop is not None:
             choice.end.stop_string = choice.stream.stop.stop
 
