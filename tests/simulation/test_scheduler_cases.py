@@ -167,7 +167,7 @@ def test_deadlines_of_requests_that_ended_are_forgotten():
         submit(world, request(f"r{i}", 4, 1, deadline=world.clock() + 86_400))
         world.core.step()
         world.core.handle(Finish(f"r{i}", FinishReason.CANCELLED))
-    assert len(world.scheduler._timers) <= 1000
+    assert len(world.scheduler._eviction.timers) <= 1000
     world.clock.time += 51
     assert ends(step(world, 1))["long"].reason is FinishReason.DEADLINE
 

@@ -1,0 +1,149 @@
+"""How requests come in: what is refused, what a newcomer starts with, and when there is room for it."""
+
+from collections.abc import Callable
+from itertools import count
+
+from tidegate.engine import policy
+from tidegate.engine.eviction import Eviction
+from tidegate.engine.journal import Journal
+from tidegate.engine.memory.tiers import Block, BlockManager, State
+from tidegate.engine.messages import ProgressKind
+from tidegate.engine.request import Request, Violation
+from tidegate.engine.roster import Roster
+from tidegate.engine.sequence import Sequence
+
+
+class Admission:
+    """Brings sequences in: from a request to the ready queue, from there to a row and resident blocks."""
+
+    def __init__(
+        self,
+        max_model_len: int,
+        roster: Roster,
+        manager: BlockManager,
+        journal: Journal,
+        eviction: Eviction,
+        *,
+        eos_token_ids: frozenset[int],
+        now: Callable[[], float],
+    ) -> None:
+        self._max_model_len = max_model_len
+        self._roster = roster
+        self._manager = manager
+        self._journal = journal
+        self._eviction = eviction
+        self._eos = eos_token_ids
+        self._now = now
+        self._arrivals = count()
+        self._caution = policy.CAUTION_AT_START
+
+    def violations(self, request: Request) -> list[Violation]:
+        """Why the request can never run; empty where it can."""
+        found = []
+        prompt, given = len(request.prompt_token_ids), len(request.output_token_ids)
+        params, longest = request.params, self._max_model_len
+        output = params.max_tokens or given + 1
+        if request.id in self._roster.requests:
+            found.append(Violation("request_id", "is in use by a request that has not ended"))
+        if prompt == 0:
+            found.append(Violation("prompt", "is empty: give at least one token"))
+        elif prompt + output > longest:
+            found.append(
+                Violation(
+                    "max_tokens" if prompt < longest else "prompt",
+                    f"{prompt} prompt tokens and {output} of output exceed the limit of "
+                    f"{longest}: shorten the prompt or lower max_tokens",
+                )
+            )
+        if params.max_tokens is not None and given >= params.max_tokens:
+            found.append(Violation("output_token_ids", "leave nothing to generate: raise max_tokens"))
+        if given and params.n != 1:
+            found.append(Violation("n", "must be 1 when generation goes on behind given output tokens"))
+        return found
+
+    def submit(self, request: Request) -> None:
+        """Take in a request without violations."""
+        choices = [self._new_sequence(request, i) for i in range(request.params.n)]
+        self._roster.add(choices)
+        self._eviction.place(choices[0])
+
+    def _new_sequence(self, request: Request, choice: int) -> Sequence:
+        params = request.params
+        most = self._max_model_len - len(request.prompt_token_ids)
+        seq = Sequence(
+            request=request,
+            choice=choice,
+            arrival=next(self._arrivals),
+            arrived_at=self._now(),
+            table=self._manager.new_table(request.tenant),
+            tokens=[*request.prompt_token_ids, *request.output_token_ids],
+            stop_ids=self.stop_ids(request, params.stop_token_ids),
+            max_output=most if params.max_tokens is None else min(most, params.max_tokens),
+        )
+        if request.emit_upto is not None:
+            seq.emit_upto = request.emit_upto
+        return seq
+
+    def stop_ids(self, request: Request, token_ids: tuple[int, ...]) -> frozenset[int]:
+        """The tokens that end the request's choices: ``token_ids``, and the model's own."""
+        return frozenset(token_ids) | (frozenset() if request.params.ignore_eos else self._eos)
+
+    def find_row(self, seq: Sequence) -> bool:
+        """Whether there is a row to take; where there is none, a less urgent sequence gives up its own."""
+        roster = self._roster
+        if not roster.rows and not any(running.preempted for running in roster.running):
+            victim = self._eviction.victim(lambda c: not c.stalled and c.priority < seq.request.priority)
+            if victim is not None:
+                self._eviction.preempt(victim)
+        return bool(roster.rows)
+
+    def enter(self, seq: Sequence) -> bool:
+        """Take a sequence from the ready queue into the batch; False, unchanged, where there is no room."""
+        table, manager = seq.table, self._manager
+        known = self._find_room(seq)
+        if known is None:
+            return False
+        # Making room may have cost its own tail. Later, this would drop the step that it gets now.
+        self._eviction.note_truncated()
+        returns = bool(table.blocks)
+        # The order in the queue depends on whether it has started: out of the queue first.
+        self._roster.leave(seq)
+        if seq.started_at is None:
+            seq.started_at = self._now()
+            on_host = sum(block.device is None or block.state is State.LOADING for block in known)
+            size = manager.block_size
+            self._journal.admitted(seq, known=len(known) * size, on_host=on_host * size)
+        else:
+            seq.immune_until = self._eviction.step_id + policy.IMMUNE_STEPS
+            self._journal.progress(seq, ProgressKind.RESUMED)
+        if returns:
+            manager.resume(table)
+        else:
+            manager.adopt(table, known)
+        seq.num_scheduled = table.num_tokens
+        self._roster.run(seq)
+        return True
+
+    def _find_room(self, seq: Sequence) -> list[Block] | None:
+        """The blocks that a newcomer starts with, its own or a known prefix, once they fit on the device.
+
+        With room left for others to grow; the stalled and the less urgent make way. None: not now.
+        """
+        manager, eviction = self._manager, self._eviction
+        while True:
+            # Looked up anew each time: making room may have cost the prefix.
+            known = seq.table.blocks or manager.find_prefix(seq.table, seq.tokens)
+            extra = manager.blocks_for(len(seq.tokens) + 1) - len(known)
+            reserve = policy.growth_reserve(len(self._roster.running), manager.block_size, self._caution)
+            if manager.has_room(known, extra + reserve):
+                return known
+            if eviction.room_is_on_its_way:
+                return None
+            victim = eviction.victim(lambda c: c.stalled or c.priority < seq.request.priority)
+            if victim is None:
+                return None
+            eviction.preempt(victim)
+
+    def adapt(self, num_displaced: int) -> None:
+        """A step is planned for which so many sequences lost their blocks to others that run."""
+        self._caution = policy.next_caution(self._caution, num_displaced)

@@ -1,0 +1,18 @@
+"""What bounds a step, the queue and the copies of one engine."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """See ``EngineConfig`` for each."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_step_tokens: int
+    park_grace: float
+    preemption: str
+    block_bytes: int
+    write_ahead: int
+    """Blocks of likely victims that may be written to the host in a step, before anybody is preempted.
+    0 where copying takes computing time, as on the CPU device."""
