@@ -16,8 +16,11 @@ UNIX_PREFIX = "unix:"
 MAX_PATH_BYTES = 107
 
 
-def check_address(address: str, insecure: bool) -> None:
-    """Raises ``ConfigError`` for an address that cannot be read, or that strangers could reach."""
+def check_address(address: str, may_be_reached: bool) -> None:
+    """Raises ``ConfigError`` for an address that cannot be read.
+
+    Unless it ``may_be_reached``, also for one that other machines can reach.
+    """
     if address.startswith(UNIX_PREFIX):
         path = address.removeprefix(UNIX_PREFIX)
         if not path:
@@ -32,18 +35,27 @@ def check_address(address: str, insecure: bool) -> None:
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"address {address!r} must be HOST:PORT or unix:PATH")
-    if not insecure and not _is_loopback(host.strip("[]")):
+    if not may_be_reached and not _is_loopback(host.strip("[]")):
         raise ConfigError(
-            f"address {address} can be reached from other machines, and this version has neither TLS nor "
-            "credentials: listen on 127.0.0.1 or on unix:PATH, or accept the risk with --insecure"
+            f"address {address} can be reached from other machines: give --tls-cert and --tls-key, and "
+            "--tls-client-ca, --auth-tokens or --jwt-keys; or listen on 127.0.0.1 or on unix:PATH; or accept "
+            "the risk with --insecure"
         )
 
 
+def every_interface(port: str) -> str:
+    """``PORT`` as an address of all interfaces; one that names its host stays as it is."""
+    return f"[::]:{port}" if port.isdigit() else port
+
+
 @contextlib.contextmanager
-def listen(server: grpc.aio.Server, address: str) -> Iterator[str]:
+def listen(
+    server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None
+) -> Iterator[str]:
     """Open an address until the context ends; gives it with the port that was chosen for port 0.
 
-    Raises ``ConfigError`` where it cannot be opened.
+    ``credentials`` are for TCP: who may open a Unix socket is a matter of its mode. Raises
+    ``ConfigError`` where it cannot be opened.
     """
     if address.startswith(UNIX_PREFIX):
         path = os.path.abspath(address.removeprefix(UNIX_PREFIX))
@@ -56,7 +68,7 @@ def listen(server: grpc.aio.Server, address: str) -> Iterator[str]:
                     os.unlink(path)
     else:
         host = address.rpartition(":")[0]
-        yield f"{host}:{_add_port(server, address)}"
+        yield f"{host}:{_add_port(server, address, credentials)}"
 
 
 def _open_socket(server: grpc.aio.Server, path: str) -> None:
@@ -70,7 +82,7 @@ def _open_socket(server: grpc.aio.Server, path: str) -> None:
         pass
     before = os.umask(0o777 & ~SOCKET_MODE)
     try:
-        _add_port(server, f"{UNIX_PREFIX}{path}")
+        _add_port(server, f"{UNIX_PREFIX}{path}", None)
     finally:
         os.umask(before)
     mode = stat.S_IMODE(os.lstat(path).st_mode)
@@ -97,8 +109,10 @@ def _locked(path: str) -> Iterator[None]:
         os.close(lock)
 
 
-def _add_port(server: grpc.aio.Server, address: str) -> int:
+def _add_port(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
     try:
+        if credentials is not None:
+            return server.add_secure_port(address, credentials)
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise ConfigError(

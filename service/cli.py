@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields as dataclass_fields
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,18 +26,22 @@ from tidegate.engine.request import InvalidRequest
 from tidegate.service import bench, console, demo, server
 from tidegate.service.client import TidegateError, Unavailable
 from tidegate.service.launch import LaunchFailed
+from tidegate.service.security import SecurityConfig
 from tidegate.service.server import ServerConfig
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
-_DEFAULTS = {field.name: field.default for field in dataclass_fields(ServerConfig)} | {
+_SERVER_FIELDS, _SECURITY_FIELDS = dataclass_fields(ServerConfig), dataclass_fields(SecurityConfig)
+_DEFAULTS = {field.name: field.default for field in (*_SERVER_FIELDS, *_SECURITY_FIELDS)} | {
     field.name: field.default for field in msgspec.structs.fields(EngineConfig)
 }
-_FLAG_OF = {name: f"--{name.replace('_', '-')}" for name in _DEFAULTS if name not in ("model", "engine")} | {
+_FLAG_OF = {
+    name: f"--{name.replace('_', '-')}" for name in _DEFAULTS if name not in ("model", "engine", "security")
+} | {
     "addresses": "--listen",
     "prefix_caching": "--no-prefix-caching",
 }
-"""Fields of the two configurations, and how the command line calls them."""
+"""Fields of the configurations, and how the command line calls them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,13 +100,14 @@ def serve(args: argparse.Namespace) -> int:
     if "addresses" in given:
         given["addresses"] = tuple(given["addresses"])
     engine = EngineConfig(**{name: given[name] for name in EngineConfig.__struct_fields__ if name in given})
-    names = {field.name for field in dataclass_fields(ServerConfig)} - {"engine"}
-    config = ServerConfig(engine=engine, **{name: given[name] for name in names if name in given})
+    security = SecurityConfig(**{f.name: given[f.name] for f in _SECURITY_FIELDS if f.name in given})
+    settings = {field.name: given[field.name] for field in _SERVER_FIELDS if field.name in given}
+    config = ServerConfig(engine=engine, security=security, **settings)
     return server.run(config)
 
 
 def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags are named as the fields of the two configurations, which hold every default."""
+    """Flags are named as the fields of the configurations, which hold every default."""
     parser.add_argument("model", metavar="MODEL", help="a folder in Hugging Face format, a hub name, or demo")
 
     def add(name: str, summary: str, **options: Any) -> None:
@@ -113,7 +119,19 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(_FLAG_OF[name], dest=name, help=summary, default=None, **options)
 
     add("addresses", "HOST:PORT or unix:PATH; may be repeated", action="append", metavar="ADDRESS")
-    add("insecure", "listen on addresses that other machines can reach, without TLS", action="store_true")
+    add("tls_cert", "the server's certificate: TCP then speaks TLS alone", type=Path, metavar="FILE")
+    add("tls_key", "its private key", type=Path, metavar="FILE")
+    add("tls_client_ca", "clients must show a certificate of this authority", type=Path, metavar="FILE")
+    add("auth_tokens", "bearer tokens: lines of TOKEN TENANT [ROLE]", type=Path, metavar="FILE")
+    add("jwt_keys", "who signs tokens: a public key or a JWK set", type=Path, metavar="FILE")
+    add("jwt_issuer", "signed tokens must come from here", metavar="ISS")
+    add("jwt_audience", "signed tokens must be meant for this", metavar="AUD")
+    add(
+        "insecure",
+        "listen on addresses that other machines can reach without TLS and authentication",
+        action="store_true",
+    )
+    add("health_port", "answer health probes alone there, in plaintext", metavar="[HOST:]PORT")
     add("reflection", "answer gRPC reflection", action="store_true")
     add("drain_grace", "seconds that requests may take to finish after SIGTERM", type=float, metavar="S")
     add("log_format", "for a person or for a machine", choices=("console", "json"))

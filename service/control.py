@@ -14,7 +14,8 @@ from tidegate.engine.text import Text
 from tidegate.service import convert
 from tidegate.service.errors import Failure
 from tidegate.service.hub import Hub, draining
-from tidegate.service.intake import TENANT, check_model, seconds
+from tidegate.service.identity import Role, caller
+from tidegate.service.intake import check_model, seconds
 from tidegate.service.session import SessionLimits
 from tidegate.v1 import control_pb2, control_pb2_grpc
 
@@ -86,9 +87,10 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 raise draining()
 
     async def Abort(self, request: control_pb2.AbortRequest, context: object) -> control_pb2.AbortResponse:
-        if request.HasField("tenant") and request.tenant != TENANT:
+        tenant = request.tenant if request.HasField("tenant") else caller().tenant
+        if tenant != caller().tenant and caller().role is not Role.ROUTER:
             raise Failure("TENANT_NOT_ALLOWED", "only a router may name another tenant")
-        generation = self._hub.find(TENANT, request.request_id)
+        generation = self._hub.find(tenant, request.request_id)
         if generation is None:
             return control_pb2.AbortResponse(aborted=False)
         generation.cancel()

@@ -1,19 +1,16 @@
-"""Every failure becomes one gRPC status with details: the table, and the guard that applies it.
+"""Every failure becomes one gRPC status with details: the table. The guard (``guard.py``) applies it.
 
 Messages are for people and never hold text of a prompt. Programs switch on the reason.
 """
 
-import asyncio
-import contextlib
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import grpc
 import grpc.aio
 import structlog
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from tidegate.engine.request import Violation
@@ -33,7 +30,10 @@ CODES: Mapping[str, grpc.StatusCode] = {
     "SERVICE_UNKNOWN": grpc.StatusCode.NOT_FOUND,
     "REQUEST_ID_IN_USE": grpc.StatusCode.ALREADY_EXISTS,
     "NO_CHAT_TEMPLATE": grpc.StatusCode.FAILED_PRECONDITION,
+    "CREDENTIALS_MISSING": grpc.StatusCode.UNAUTHENTICATED,
+    "CREDENTIALS_INVALID": grpc.StatusCode.UNAUTHENTICATED,
     "TENANT_NOT_ALLOWED": grpc.StatusCode.PERMISSION_DENIED,
+    "ROLE_REQUIRED": grpc.StatusCode.PERMISSION_DENIED,
     "QUEUE_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "SESSION_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "CLIENT_TOO_SLOW": grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -116,107 +116,3 @@ def log_unexpected(event: str, error: BaseException, **fields: object) -> None:
     frames = traceback.extract_tb(error.__traceback__)
     where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames[-8:]]
     _log.error(event, error=type(error).__name__, where=where, **fields)
-
-
-Handler = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Any]
-Parse = Callable[[bytes], Message]
-
-
-class Guard(grpc.aio.ServerInterceptor):
-    """Stands around every handler: whatever it raises becomes a status that leaks nothing.
-
-    grpc.aio itself would put an exception's text into the status, and answer bytes that it cannot
-    decode before any handler is reached. So the guard takes messages as bytes and parses them inside.
-
-    It also ends a stream whose client takes no message for ``stall_limit`` seconds. gRPC's keepalive does
-    not notice a peer that is frozen with its buffers full: the ping waits behind what cannot be written.
-    """
-
-    def __init__(self, stall_limit: float) -> None:
-        self._stall_limit = stall_limit
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None:  # an unknown method: UNIMPLEMENTED, by gRPC
-            return None
-        method, parse = handler_call_details.method, handler.request_deserializer
-        if handler.request_streaming and handler.response_streaming:
-            behavior = _guard(method, self._streaming(handler.stream_stream, _each(parse)))
-            return grpc.stream_stream_rpc_method_handler(behavior, None, handler.response_serializer)
-        if handler.response_streaming:
-            behavior = _guard(method, self._streaming(handler.unary_stream, _one(parse)))
-            return grpc.unary_stream_rpc_method_handler(behavior, None, handler.response_serializer)
-        behavior = _guard(method, _unary(handler.unary_unary, _one(parse)))
-        return grpc.unary_unary_rpc_method_handler(behavior, None, handler.response_serializer)
-
-    def _streaming(self, behavior: Handler, read: Callable[[Any], Any]) -> Handler:
-        """Both styles of grpc.aio: a coroutine that writes to the context, or a generator of messages.
-
-        A generator goes on behind its ``yield`` when the message was written.
-        """
-
-        async def handle(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-            result = behavior(read(request), context)
-            if not isinstance(result, AsyncGenerator):
-                await result
-                return
-            # Closed at once when the client leaves, not when the collector comes by.
-            async with contextlib.aclosing(result) as messages:
-                async for message in messages:
-                    try:
-                        async with asyncio.timeout(self._stall_limit):
-                            await context.write(message)
-                    except TimeoutError:
-                        raise Failure("CLIENT_TOO_SLOW", "the client took no message for too long") from None
-
-        return handle
-
-
-def _guard(method: str, behavior: Handler) -> Handler:
-    async def guarded(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-        try:
-            return await behavior(request, context)
-        except (asyncio.CancelledError, grpc.aio.AbortError):
-            raise
-        except Failure as failure:
-            await failure.abort(context)
-        except grpc.aio.InternalError:
-            return None  # a write failed: the client left, and gRPC has not told us yet
-        except Exception as error:  # noqa: BLE001  whatever it is, the client gets a status
-            log_unexpected("rpc failed", error, method=method)
-            await Failure.internal().abort(context)
-
-    return guarded
-
-
-def _unary(behavior: Handler, read: Callable[[Any], Any]) -> Handler:
-    async def handle(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-        return await behavior(read(request), context)
-
-    return handle
-
-
-def _one(parse: Parse) -> Callable[[bytes], Message]:
-    def read(data: bytes) -> Message:
-        try:
-            return parse(data)
-        except DecodeError as error:
-            raise Failure(
-                "UNDECODABLE_MESSAGE", "the message is no valid protobuf of the method's request type"
-            ) from error
-
-    return read
-
-
-def _each(parse: Parse) -> Callable[[AsyncIterator[bytes]], AsyncIterator[Message]]:
-    read_one = _one(parse)
-
-    async def read(stream: AsyncIterator[bytes]) -> AsyncIterator[Message]:
-        async for data in stream:
-            yield read_one(data)
-
-    return read

@@ -12,12 +12,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tidegate.service.errors import Failure
 from tidegate.service.hub import draining
 
+LIVENESS = "liveness"
+"""Of this name the server says SERVING until it stops, while it drains too: a probe that restarts what is
+not alive must ask for it. The others say whether to send requests here."""
+
 
 class HealthService(health_pb2_grpc.HealthServicer):
     """One state for every service named, and for the server as a whole, whose name is empty."""
 
     def __init__(self, services: Iterable[str]) -> None:
-        self._services = frozenset(("", *services))
+        self._services = frozenset(("", LIVENESS, *services))
         self._is_serving = False
         self._is_closed = False
         self._changed = asyncio.Condition()
@@ -56,6 +60,6 @@ class HealthService(health_pb2_grpc.HealthServicer):
     def _state(self, service: str) -> health_pb2.HealthCheckResponse:
         if service not in self._services:
             return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-        if self._is_serving:
+        if self._is_serving or (service == LIVENESS and not self._is_closed):
             return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)

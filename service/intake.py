@@ -10,10 +10,8 @@ from tidegate.service.errors import Failure, log_unexpected
 from tidegate.service.events import Outbox
 from tidegate.service.generation import Generation
 from tidegate.service.hub import Hub
+from tidegate.service.identity import caller
 from tidegate.v1 import inference_pb2, prompt_pb2, sampling_pb2, session_pb2
-
-TENANT = "local"
-"""Whoever reaches a server without credentials. Others come with authentication."""
 
 MAX_REQUEST_ID_CHARS = 256
 MAX_CHAT_PARTS = 2**14
@@ -82,7 +80,7 @@ class Intake:
             limits.append(limit)
         return self._hub.open(
             request_id,
-            TENANT,
+            caller().tenant,
             outbox,
             num_choices=min(max(message.sampling.n, 1), MAX_CHOICES),
             credit=credit,

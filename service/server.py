@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import grpc.aio
@@ -23,17 +23,21 @@ from tidegate.engine.logging import LogFormat, configure_logging, process_age
 from tidegate.engine.messages import EngineInfo
 from tidegate.engine.process import ProcessClient
 from tidegate.engine.text import Text
-from tidegate.service.addresses import check_address, listen
+from tidegate.service.addresses import check_address, every_interface, listen
 from tidegate.service.control import ControlService
-from tidegate.service.errors import Guard, log_unexpected
+from tidegate.service.errors import log_unexpected
+from tidegate.service.guard import Guard
 from tidegate.service.health import HealthService
 from tidegate.service.hub import Hub, draining
 from tidegate.service.inference import InferenceService
 from tidegate.service.intake import Intake
+from tidegate.service.security import Security, SecurityConfig, load_security
 from tidegate.service.session import SessionLimits, Sessions
 from tidegate.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 MAX_MESSAGE_BYTES = 64 * 2**20
+MAX_METADATA_BYTES = 16 * 2**10
+"""Room for a signed token beside what proxies add."""
 MAX_PENDING_REQUESTS = 20_000
 KEEPALIVE_MS = 10_000
 PING_TIMEOUT_MS = 5_000
@@ -46,6 +50,9 @@ GRPC_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Of all metadata of a call together; more is refused by gRPC itself, with RESOURCE_EXHAUSTED.
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     # By default a burst of opens loses a part, which the clients see as CANCELLED.
     ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
     ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_REQUESTS),
@@ -65,10 +72,13 @@ _log = structlog.get_logger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     engine: EngineConfig
+    security: SecurityConfig = field(default_factory=SecurityConfig)
     addresses: tuple[str, ...] = ("127.0.0.1:50051",)
-    """``HOST:PORT`` or ``unix:PATH``. Without TLS and credentials, which this version does not have,
-    only loopback addresses and sockets, unless ``insecure``."""
+    """``HOST:PORT`` or ``unix:PATH``. Without TLS and authentication only loopback and sockets, unless
+    ``insecure``."""
     insecure: bool = False
+    health_port: str | None = None
+    """``PORT`` or ``HOST:PORT``, by default of every interface: ``grpc.health.v1`` alone, in plaintext."""
     reflection: bool = False
     drain_grace: float = 30.0
     """Seconds that requests under way may take to finish after SIGTERM or SIGINT."""
@@ -79,7 +89,9 @@ class ServerConfig:
         if not self.addresses:
             raise ConfigError("addresses must name at least one address")
         for address in self.addresses:
-            check_address(address, self.insecure)
+            check_address(address, self.insecure or self.security.is_safe_for_strangers)
+        if self.health_port is not None:
+            check_address(every_interface(self.health_port), may_be_reached=True)
         if not 0 <= self.drain_grace <= MAX_DRAIN_GRACE:
             raise ConfigError(f"drain_grace must be between 0 and {MAX_DRAIN_GRACE}; got {self.drain_grace}")
 
@@ -93,11 +105,15 @@ class Server:
         hub: Hub,
         sessions: Sessions,
         health: HealthService,
+        health_server: grpc.aio.Server,
         ports: contextlib.ExitStack,
         addresses: list[str],
+        health_addresses: list[str],
     ) -> None:
         self.addresses = addresses
         """With the ports that were chosen for port 0."""
+        self.health_addresses = health_addresses
+        """Those where nothing but health is served; likewise."""
         self.engine_ended = asyncio.create_task(hub.run())
         """Fails once the engine is gone. Every request has ended by then."""
         self.is_closed = False
@@ -106,6 +122,7 @@ class Server:
         self._hub = hub
         self._sessions = sessions
         self._health = health
+        self._health_server = health_server
         self._ports = ports
 
     async def drain(self, grace: float) -> None:
@@ -130,6 +147,7 @@ class Server:
         self.is_closed = self._stopping.done()
         if self.is_closed:
             self._stopping.result()
+        await self._health_server.stop(None)
         self.engine_ended.cancel()
         await asyncio.wait({self.engine_ended})
         self._ports.close()
@@ -141,6 +159,8 @@ async def start_server(
     *,
     addresses: Sequence[str],
     max_waiting: int,
+    security: Security | None = None,
+    health_addresses: Sequence[str] = (),
     reflection_on: bool = False,
     limits: SessionLimits | None = None,
 ) -> Server:
@@ -149,6 +169,7 @@ async def start_server(
     Engine and text stay the caller's to close.
     """
     limits = limits or SessionLimits(MAX_MESSAGE_BYTES)
+    security = security or Security()
     fingerprint = _fingerprint(engine.info)
     hub = Hub(engine, text, max_waiting)
     intake = Intake(hub, text)
@@ -162,7 +183,8 @@ async def start_server(
     ]
     health = HealthService(services)
 
-    grpc_server = grpc.aio.server(interceptors=[Guard(limits.stall_limit)], options=GRPC_OPTIONS)
+    guard = Guard(limits.stall_limit, security.authentication)
+    grpc_server = grpc.aio.server(interceptors=[guard], options=GRPC_OPTIONS)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(
         InferenceService(text, intake, sessions), grpc_server
     )
@@ -174,11 +196,20 @@ async def start_server(
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection([*services, health_name, reflection.SERVICE_NAME], grpc_server)
 
+    health_server = grpc.aio.server(interceptors=[Guard(limits.stall_limit)], options=GRPC_OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(health, health_server)
+
     with contextlib.ExitStack() as opening:
-        opened = [opening.enter_context(listen(grpc_server, address)) for address in addresses]
+        opened = [
+            opening.enter_context(listen(grpc_server, address, security.credentials)) for address in addresses
+        ]
+        opened_for_health = [
+            opening.enter_context(listen(health_server, address, None)) for address in health_addresses
+        ]
         await grpc_server.start()
+        await health_server.start()
         ports = opening.pop_all()
-    server = Server(grpc_server, hub, sessions, health, ports, opened)
+    server = Server(grpc_server, hub, sessions, health, health_server, ports, opened, opened_for_health)
     await health.set_serving(True)
     return server
 
@@ -195,6 +226,12 @@ async def serve(config: ServerConfig) -> int:
     signal ends the process at once.
     """
     configure_logging(config.log_format)
+    try:
+        # Before the model loads: a mistake in these files shows at once.
+        security = load_security(config.security)
+    except ConfigError as error:
+        _log.error("cannot start", reason=str(error))
+        return 1
     stopping = asyncio.create_task(_signal())
     loading = asyncio.create_task(_load(config.engine, config.log_format))
     await asyncio.wait({stopping, loading}, return_when=asyncio.FIRST_COMPLETED)
@@ -208,19 +245,23 @@ async def serve(config: ServerConfig) -> int:
         _log.error("cannot start", reason=str(error))
         return 1
     try:
-        return await _serve(config, engine, text, stopping)
+        return await _serve(config, security, engine, text, stopping)
     finally:
         await engine.close()
         text.close()
 
 
-async def _serve(config: ServerConfig, engine: EngineClient, text: Text, stopping: asyncio.Task[None]) -> int:
+async def _serve(
+    config: ServerConfig, security: Security, engine: EngineClient, text: Text, stopping: asyncio.Task[None]
+) -> int:
     try:
         server = await start_server(
             engine,
             text,
             addresses=config.addresses,
             max_waiting=config.engine.max_waiting,
+            security=security,
+            health_addresses=[] if config.health_port is None else [every_interface(config.health_port)],
             reflection_on=config.reflection,
         )
     except ConfigError as error:

@@ -18,19 +18,25 @@ from scripted_server import start_scripted_server
 from tidegate import Client
 from tidegate.engine.config import EngineConfig
 from tidegate.service import cli
+from tidegate.service.security import SecurityConfig
 from tidegate.service.server import ServerConfig
 
 TIDEGATE = Path(sys.executable).with_name("tidegate")
 README = Path(__file__).parents[2] / "README.md"
 
 SERVE_FLAGS = [
+    "--auth-tokens",
     "--block-size",
     "--device",
     "--device-kv-tokens",
     "--drain-grace",
     "--dtype",
+    "--health-port",
     "--host-kv-tokens",
     "--insecure",
+    "--jwt-audience",
+    "--jwt-issuer",
+    "--jwt-keys",
     "--listen",
     "--log-format",
     "--max-model-len",
@@ -42,6 +48,9 @@ SERVE_FLAGS = [
     "--pipeline-depth",
     "--preemption",
     "--reflection",
+    "--tls-cert",
+    "--tls-client-ca",
+    "--tls-key",
 ]
 """A new flag costs every user a decision. Think twice, then add its line here and in the README."""
 
@@ -113,7 +122,8 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
         "--listen unix:/tmp/a --listen 0.0.0.0:1 --insecure --reflection --drain-grace 3 --log-format json "
         "--device cpu --dtype float32 --max-model-len 100 --block-size 16 --device-kv-tokens 200 "
         "--host-kv-tokens 0 --preemption swap --no-prefix-caching --max-num-seqs 3 --max-step-tokens 64 "
-        "--max-waiting 5 --park-grace 0.25 --pipeline-depth 1"
+        "--max-waiting 5 --park-grace 0.25 --pipeline-depth 1 --tls-cert c --tls-key k --tls-client-ca a "
+        "--auth-tokens t --jwt-keys j --jwt-issuer i --jwt-audience u --health-port 9"
     ).split()
     assert {word for word in given if word.startswith("--")} == set(SERVE_FLAGS)
     assert cli.main(["serve", "m", *given]) == 0
@@ -136,8 +146,18 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
     assert served == [
         ServerConfig(
             engine=engine,
+            security=SecurityConfig(
+                tls_cert=Path("c"),
+                tls_key=Path("k"),
+                tls_client_ca=Path("a"),
+                auth_tokens=Path("t"),
+                jwt_keys=Path("j"),
+                jwt_issuer="i",
+                jwt_audience="u",
+            ),
             addresses=("unix:/tmp/a", "0.0.0.0:1"),
             insecure=True,
+            health_port="9",
             reflection=True,
             drain_grace=3.0,
             log_format="json",
@@ -150,6 +170,8 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
     [
         (["serve", "demo", "--max-num-seqs", "0"], "--max-num-seqs must be between 1 and 4096"),
         (["serve", "demo", "--listen", "0.0.0.0:1"], "--insecure"),
+        (["serve", "demo", "--tls-cert", "c.pem"], "--tls-cert needs tls_key"),
+        (["serve", "demo", "--health-port", "here"], "HOST:PORT"),
         (["generate", "x", "--model", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["generate", "x", "--server", "unix:/no/socket"], "start one with: tidegate serve demo"),
     ],

@@ -179,7 +179,7 @@ def test_a_path_that_no_socket_can_have_is_refused(
     tmp_path: Path, path: Callable[[Path], Path], complaint: str
 ) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        check_address(f"unix:{path(tmp_path)}", insecure=False)
+        check_address(f"unix:{path(tmp_path)}", may_be_reached=False)
 
 
 @pytest.mark.parametrize("grace", [float("nan"), float("inf"), -1.0])

@@ -135,3 +135,20 @@ def test_a_signal_while_the_model_loads_ends_the_start(serve: Serve, checkpoint:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
+
+
+def test_a_file_of_tls_that_cannot_be_read_ends_the_start_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    """In one line, before the model loads, and without a port in plaintext instead."""
+    command = ["serve", str(checkpoint), "--listen", "127.0.0.1:0", "--log-format", "json"]
+    files = ["--tls-cert", str(tmp_path / "none.pem"), "--tls-key", str(tmp_path / "none.key")]
+    run = subprocess.run(
+        [sys.executable, "-P", "-m", "tidegate.service.cli", *command, *files],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    (line,) = run.stderr.splitlines()
+    assert json.loads(line)["event"] == "cannot start"
+    assert "none.pem: No such file" in json.loads(line)["reason"]
+    assert run.returncode == 1

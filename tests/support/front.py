@@ -41,17 +41,17 @@ async def running_front(
     script: Callable[[list[int], int, int], str] | None = None,
     max_waiting: int = 1000,
     limits: SessionLimits | None = None,
-    reflection_on: bool = False,
+    **options: Any,
 ) -> AsyncGenerator[Front]:
+    """``options`` are those of ``start_server``."""
     text = byte_text()
     engine = FakeEngine(text, step_seconds=step_seconds, script=script)
     server = await start_server(
         engine,
         text,
-        addresses=[f"unix:{path / 'tidegate.sock'}"],
         max_waiting=max_waiting,
         limits=limits,
-        reflection_on=reflection_on,
+        **{"addresses": [f"unix:{path / 'tidegate.sock'}"], **options},
     )
     async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
         yield Front(

@@ -1,0 +1,108 @@
+"""How the server's addresses are protected: TLS, client certificates, tokens. Nothing falls back to less."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from tidegate.engine.config import ConfigError
+from tidegate.service.credentials import (
+    Authentication,
+    SignedTokens,
+    StaticTokens,
+    Tokens,
+    read_file,
+    read_secret,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecurityConfig:
+    """Files in PEM, unless they say otherwise."""
+
+    tls_cert: Path | None = None
+    """The server's certificate, with the intermediate ones behind it. TCP addresses then speak TLS alone."""
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """Clients must show a certificate that one of these has signed (mTLS)."""
+    auth_tokens: Path | None = None
+    """Lines of ``TOKEN TENANT [ROLE]``."""
+    jwt_keys: Path | None = None
+    """A public key, or a JWK set: of those who sign tokens."""
+    jwt_issuer: str | None = None
+    jwt_audience: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ``ConfigError``."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("tls_cert", "tls_key") if self.tls_key is None else ("tls_key", "tls_cert")
+            raise ConfigError(f"{given} needs {missing} beside it")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("tls_client_ca needs tls_cert and tls_key beside it")
+        for name in ("jwt_issuer", "jwt_audience"):
+            if getattr(self, name) is not None and self.jwt_keys is None:
+                raise ConfigError(f"{name} needs jwt_keys beside it")
+
+    @property
+    def is_safe_for_strangers(self) -> bool:
+        """Whether an address may be one that other machines reach: encrypted, and callers are known."""
+        authenticates = self.tls_client_ca or self.auth_tokens or self.jwt_keys
+        return self.tls_cert is not None and authenticates is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Security:
+    credentials: grpc.ServerCredentials | None = None
+    """For TCP addresses; None: plaintext."""
+    authentication: Authentication | None = None
+    """None: every caller is ``identity.LOCAL``."""
+
+
+def load_security(config: SecurityConfig) -> Security:
+    """Read the files. Raises ``ConfigError`` where one of them cannot work."""
+    tokens: list[Tokens] = []
+    if config.auth_tokens is not None:
+        tokens.append(StaticTokens(config.auth_tokens))
+    if config.jwt_keys is not None:
+        tokens.append(SignedTokens(config.jwt_keys, config.jwt_issuer, config.jwt_audience))
+    authentication = None
+    if tokens or config.tls_client_ca is not None:
+        authentication = Authentication(tokens, certificates=config.tls_client_ca is not None)
+    return Security(_server_credentials(config), authentication)
+
+
+def _server_credentials(config: SecurityConfig) -> grpc.ServerCredentials | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    chain, key = read_file("tls_cert", config.tls_cert), read_secret("tls_key", config.tls_key)
+    certificate, *_ = _certificates("tls_cert", config.tls_cert, chain)
+    try:
+        private_key = load_pem_private_key(key.encode(), password=None)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"tls_key {config.tls_key}: no private key in PEM without a password") from error
+    if private_key.public_key() != certificate.public_key():
+        raise ConfigError(f"tls_key {config.tls_key} is not the key of the certificate {config.tls_cert}")
+    client_ca = None
+    if config.tls_client_ca is not None:
+        client_ca = read_file("tls_client_ca", config.tls_client_ca)
+        _certificates("tls_client_ca", config.tls_client_ca, client_ca)
+    return grpc.ssl_server_credentials(
+        [(key.encode(), chain.encode())],
+        root_certificates=None if client_ca is None else client_ca.encode(),
+        require_client_auth=client_ca is not None,
+    )
+
+
+def _certificates(name: str, path: Path, text: str) -> list[x509.Certificate]:
+    """At least one, and none whose time is over. Raises ``ConfigError``."""
+    try:
+        certificates = x509.load_pem_x509_certificates(text.encode())
+    except ValueError as error:
+        raise ConfigError(f"{name} {path}: no certificate in PEM") from error
+    for certificate in certificates:
+        if (end := certificate.not_valid_after_utc) <= datetime.now(UTC):
+            raise ConfigError(f"{name} {path}: a certificate has expired, on {end:%Y-%m-%d}")
+    return certificates
