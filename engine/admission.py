@@ -112,7 +112,8 @@ class Admission:
             seq.started_at = self._now()
             on_host = sum(block.device is None or block.state is State.LOADING for block in known)
             size = manager.block_size
-            self._journal.admitted(seq, known=len(known) * size, on_host=on_host * size)
+            tokens = table.num_tokens if returns else len(known) * size
+            self._journal.admitted(seq, known=tokens, on_host=min(tokens, on_host * size))
         else:
             seq.immune_until = self._eviction.step_id + policy.IMMUNE_STEPS
             self._journal.progress(seq, ProgressKind.RESUMED)
@@ -133,7 +134,9 @@ class Admission:
         while True:
             # Looked up anew each time: making room may have cost the prefix.
             known = seq.table.blocks or manager.find_prefix(seq.table, seq.tokens)
-            extra = manager.blocks_for(len(seq.tokens) + 1) - len(known)
+            extra = manager.num_missing(seq.table, len(seq.tokens) + 1)
+            if not seq.table.blocks:
+                extra -= len(known)
             reserve = policy.growth_reserve(len(self._roster.running), manager.block_size, self._caution)
             if manager.has_room(known, extra + reserve):
                 return known

@@ -291,7 +291,7 @@ class Scheduler:
         seq.num_scheduled += amount
         seq.pending += samples
         seq.in_flight += 1
-        self._manager.launched(seq.table, plan.step_id)
+        plan.block_copies += self._manager.launched(seq.table, plan.step_id)
         return amount
 
     def _update_row(self, plan: StepPlan, seq: Sequence) -> None:

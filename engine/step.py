@@ -51,6 +51,9 @@ class StepPlan:
     """Rows that change hands before this step computes."""
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     """(row, index in its block table, device block id): growth of rows set up earlier."""
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+    """(source, target) device block ids, to be copied behind the step before and before this one computes:
+    a row goes on from a block that it shares with others."""
 
     @property
     def num_tokens(self) -> int:

@@ -21,6 +21,10 @@ steps may read and write them; while it is not, they are kept (class S: somebody
 them) but their device slots are anybody's as soon as the host holds a copy. Blocks that no table holds
 are kept as long as there is room (class P: a prefix that may be used again).
 
+Tables may share a block, its last one too. They agree on as many of its positions as each of them
+counts; behind those one of them, the block's *writer*, may go on. Any other that has to write there takes
+a block of its own first, and a step copies into it what is shared (copy on write).
+
 Three things keep a slot from being reused under somebody's hands. A *resident* count: tables that
 steps may use. A *copy* in flight: one a block at most. A *fence*: the last step that was launched with
 the slot in a table; slots go back to their pool only when that step has been collected.
@@ -58,6 +62,8 @@ class Event(StrEnum):
     """A table takes a fresh device slot for positions to come."""
     COMMIT = "commit"
     """A collected step made more positions valid."""
+    CUT = "cut"
+    """A table goes on from the middle of the block: what lies behind counts no longer."""
     WRITE_BACK = "write_back"
     COPIED_OUT = "copied_out"
     COPY_OUT_FAILED = "copy_out_failed"
@@ -77,15 +83,18 @@ TRANSITIONS: dict[tuple[State, Event], frozenset[State]] = {
     (State.RESERVED, Event.COMMIT): frozenset({State.DIRTY}),
     (State.RESERVED, Event.DISCARD): frozenset({State.GONE}),
     (State.DIRTY, Event.COMMIT): frozenset({State.DIRTY}),
+    (State.DIRTY, Event.CUT): frozenset({State.DIRTY, State.CLEAN}),
     (State.DIRTY, Event.WRITE_BACK): frozenset({State.WRITING_BACK}),
     (State.DIRTY, Event.EVICT): frozenset({State.GONE}),
     (State.DIRTY, Event.DROP_HOST): frozenset({State.DIRTY}),
     (State.DIRTY, Event.DISCARD): frozenset({State.GONE}),
     (State.WRITING_BACK, Event.COMMIT): frozenset({State.WRITING_BACK}),
+    (State.WRITING_BACK, Event.CUT): frozenset({State.WRITING_BACK}),
     # An append during the copy leaves the host behind again.
     (State.WRITING_BACK, Event.COPIED_OUT): frozenset({State.CLEAN, State.DIRTY}),
     (State.WRITING_BACK, Event.COPY_OUT_FAILED): frozenset({State.DIRTY}),
     (State.CLEAN, Event.COMMIT): frozenset({State.DIRTY}),
+    (State.CLEAN, Event.CUT): frozenset({State.CLEAN}),
     (State.CLEAN, Event.EVICT): frozenset({State.HOST_ONLY}),
     (State.CLEAN, Event.DROP_HOST): frozenset({State.DIRTY}),
     (State.CLEAN, Event.DISCARD): frozenset({State.GONE}),
@@ -123,6 +132,8 @@ class Block:
     """A set that keeps its order, so that a run of one seed is the same run every time."""
     resident: int = 0
     """How many of the holders are resident."""
+    writer: "BlockTable | None" = None
+    """The resident holder whose steps may write behind the positions that all holders share."""
     copy: Copy | None = None
     fence: int = 0
     """The last step that may use the device slot on behalf of a table that has since let go of it."""
@@ -166,6 +177,10 @@ class BlockTable:
     """The last step launched with this table."""
     keys: list[bytes] = field(default_factory=list)
     """Prefix keys of the sequence's full blocks, as far as anybody asked for them."""
+    source: Block | None = None
+    """The shared block that the tail is a copy of, held until the step that copies it is collected."""
+    copy_due: bool = False
+    """No launched step carries that copy yet."""
 
     @property
     def is_ready(self) -> bool:
@@ -280,19 +295,64 @@ class BlockManager:
         table.num_tokens = len(blocks) * self.block_size
         self.resume(table)
 
+    def num_missing(self, table: BlockTable, num_tokens: int) -> int:
+        """Fresh blocks that the table takes to hold ``[0, num_tokens)``, a copy of a shared tail included."""
+        writes = num_tokens > table.num_tokens
+        growth = self.blocks_for(num_tokens) - len(table.blocks)
+        return max(0, growth) + (writes and self._must_copy_tail(table))
+
     def reserve(self, table: BlockTable, num_tokens: int) -> bool:
-        """Let a resident table hold positions ``[0, num_tokens)``; False, unchanged, without room."""
-        missing = self.blocks_for(num_tokens) - len(table.blocks)
-        if missing > self.num_available:
+        """Let steps of a resident table write ``[table.num_tokens, num_tokens)``; False without room.
+
+        A tail that others need as it is gets replaced by a block of the table's own, which the next step
+        must fill first: ``launched`` says from which slot.
+        """
+        if self.num_missing(table, num_tokens) > self.num_available:
             return False
-        for _ in range(missing):
-            block = Block()
-            with _Transition(self, block, Event.RESERVE):
-                block.device = Slot(self._take_device())
-            block.holders[table] = None
-            block.resident = 1
-            table.blocks.append(block)
+        if num_tokens > table.num_tokens and table.num_tokens % self.block_size:
+            self._own_tail(table)
+        while len(table.blocks) < self.blocks_for(num_tokens):
+            table.blocks.append(self._fresh_block(table))
         return True
+
+    def _fresh_block(self, table: BlockTable) -> Block:
+        block = Block(holders={table: None}, resident=1, writer=table)
+        with _Transition(self, block, Event.RESERVE):
+            block.device = Slot(self._take_device())
+        return block
+
+    def _must_copy_tail(self, table: BlockTable) -> bool:
+        """Whether others need what the table would overwrite in its last block."""
+        place, shared = divmod(table.num_tokens, self.block_size)
+        if not shared or table.source is not None:
+            return False
+        tail = table.blocks[place]
+        if tail.writer is not None:
+            return tail.writer is not table
+        return any(holder.num_tokens > table.num_tokens for holder in tail.holders)
+
+    def _own_tail(self, table: BlockTable) -> None:
+        """Make the table the writer of its partial tail, or of a block of its own in place of it."""
+        place, valid = divmod(table.num_tokens, self.block_size)
+        tail = table.blocks[place]
+        if self._must_copy_tail(table):
+            # The source stays held, and resident, until the step that copies it has ended well.
+            table.source, table.copy_due = tail, True
+            table.blocks[place] = self._fresh_block(table)
+        elif tail.writer is not table and table.source is None:
+            tail.writer = table
+            self._cut(tail, valid)
+
+    def _cut(self, block: Block, valid_len: int) -> None:
+        """Only ``valid_len`` positions of the block count from here on: steps overwrite what lies behind."""
+        with _Transition(self, block, Event.CUT):
+            self._forget(block)
+            for slot in (block.device, block.host):
+                if slot is not None:
+                    slot.valid_len = min(slot.valid_len, valid_len)
+            if block.copy is not None:
+                # It may read what those steps write.
+                block.copy = block.copy._replace(valid_len=min(block.copy.valid_len, valid_len))
 
     def commit(self, table: BlockTable, num_tokens: int, token_ids: Sequence[int]) -> None:
         """Positions up to ``num_tokens`` are computed and their tokens confirmed."""
@@ -305,6 +365,9 @@ class BlockManager:
             with _Transition(self, block, Event.COMMIT):
                 block.device.valid_len = min(size, num_tokens - i * size)
         table.num_tokens = num_tokens
+        if table.source is not None:
+            source, table.source = table.source, None
+            self._let_go(source, table)
         if self.hasher is not None and done > first:
             self.hasher.extend(table.keys, table.root, token_ids, done)
             for i in range(first, done):
@@ -324,14 +387,15 @@ class BlockManager:
     def suspend(self, table: BlockTable) -> None:
         """Let go of the device: dirty blocks are written back, and each slot is free once it is clean.
 
-        Where the host tier has no room the table loses its tail (see ``take_truncated``). Not to be
-        called with a step of this table in flight.
+        Where the host tier has no room the table loses its tail (see ``take_truncated``). What a step in
+        flight computes for this table is lost; its blocks wait for that step.
         """
         self.trim(table)
         table.resident = False
         table.loading = 0
         blocks = list(table.blocks)
         for block in blocks:
+            self._retire_writer(block, table)
             block.resident -= 1
             block.fence = max(block.fence, table.fence)
             # Their own copies must not be dropped to make room for one another's.
@@ -357,17 +421,52 @@ class BlockManager:
                 table.loading += 1
 
     def fork(self, table: BlockTable, num_tokens: int) -> BlockTable:
-        """A new table, not resident, that shares all full blocks of the first ``num_tokens`` positions."""
-        shared = min(num_tokens, table.num_tokens) // self.block_size
-        child = BlockTable(root=table.root, blocks=table.blocks[:shared], keys=table.keys[:shared])
-        child.num_tokens = shared * self.block_size
+        """A new table, not resident, that shares the first ``num_tokens`` positions in the tier they lie in.
+
+        At most as many as are valid; ``num_tokens`` of the child says how many it got. The last block may
+        be shared in part: whichever of its holders has to write where another needs what is there copies
+        it first (see ``reserve``). The parent may be running, loading, suspended or parked, and goes on as
+        if nothing had happened; it may be released before the child ever runs.
+        """
+        num_tokens = min(num_tokens, table.num_tokens)
+        shared = table.blocks[: self.blocks_for(num_tokens)]
+        if table.source is not None and num_tokens > table.num_tokens // self.block_size * self.block_size:
+            # The parent's own tail is still to be filled.
+            shared[-1] = table.source
+        child = BlockTable(table.root, shared, num_tokens, keys=table.keys[: num_tokens // self.block_size])
         for block in child.blocks:
             block.holders[child] = None
         return child
 
+    def truncate(self, table: BlockTable, num_tokens: int) -> None:
+        """Cut a table to ``num_tokens`` positions, or leave it where it has no more.
+
+        For a stop string found behind what the engine has computed, or a branch at an offset. The last
+        block stays valid to there for this table, whoever else holds it further; the next to write behind
+        it does so as after a ``fork``. What steps in flight compute for this table is lost, so the caller
+        drops their results, and sets up its row anew.
+        """
+        self.trim(table)
+        # Also of positions that are not computed yet: their tokens may turn out otherwise.
+        del table.keys[num_tokens // self.block_size :]
+        if num_tokens >= table.num_tokens:
+            return
+        keep = self.blocks_for(num_tokens)
+        gone = table.blocks[keep:]
+        del table.blocks[keep:]
+        table.num_tokens = num_tokens
+        for block in gone:
+            self._detach(block, table)
+        if num_tokens % self.block_size:
+            self._retire_writer(table.blocks[-1], table)
+        # Only now that the table is consistent again: settling a block may cost a parked table its tail.
+        for block in reversed(gone):
+            self._settle(block)
+
     def release(self, table: BlockTable) -> None:
         """The sequence is over, or will compute everything again. Known prefixes stay while there is room."""
-        blocks, table.blocks, table.num_tokens = table.blocks, [], 0
+        blocks = table.blocks if table.source is None else [*table.blocks, table.source]
+        table.blocks, table.num_tokens, table.source, table.copy_due = [], 0, None, False
         # From the tail, so that the head of a prefix, of more use to others, is evicted last.
         for block in reversed(blocks):
             self._let_go(block, table)
@@ -382,7 +481,15 @@ class BlockManager:
             self._forget(block)
 
     def trim(self, table: BlockTable) -> None:
-        """Give back what was reserved behind the valid positions, as after a failed step."""
+        """Give back what was reserved behind the valid positions, as after a failed step.
+
+        Also a tail of its own that no step has filled: the table shares its source again.
+        """
+        if table.source is not None:
+            place = table.num_tokens // self.block_size
+            unfilled, table.blocks[place] = table.blocks[place], table.source
+            table.source, table.copy_due = None, False
+            self._let_go(unfilled, table)
         keep = self.blocks_for(table.num_tokens)
         for block in table.blocks[keep:]:
             self._let_go(block, table)
@@ -399,9 +506,19 @@ class BlockManager:
 
     # Steps and copies
 
-    def launched(self, table: BlockTable, step_id: int) -> None:
-        """A step that may read and write this table's device slots is on its way."""
+    def launched(self, table: BlockTable, step_id: int) -> list[tuple[int, int]]:
+        """A step that may read and write this table's device slots is on its way.
+
+        Returns the (source, target) device slots that it has to copy before it computes.
+        """
         table.fence = step_id
+        if not table.copy_due or table.source is None:
+            return []
+        table.copy_due = False
+        source, target = table.source.device, table.blocks[table.num_tokens // self.block_size].device
+        if source is None or target is None:
+            raise RuntimeError("a shared block is to be copied on a device that does not hold it")
+        return [(source.index, target.index)]
 
     def collected(self, step_id: int) -> None:
         """That step and all before it have ended, well or not."""
@@ -576,12 +693,18 @@ class BlockManager:
     def _detach(self, block: Block, table: BlockTable) -> None:
         """Take a holder from a block; the caller settles it."""
         self._unlist(block)
+        self._retire_writer(block, table)
         block.holders.pop(table, None)
         if table.resident:
             block.resident -= 1
             block.fence = max(block.fence, table.fence)
             if block.copy is not None and not block.copy.to_host:
                 table.loading -= 1
+
+    @staticmethod
+    def _retire_writer(block: Block, table: BlockTable) -> None:
+        if block.writer is table:
+            block.writer = None
 
     def _lose(self, block: Block) -> None:
         """The block's content is lost to all who hold it: each keeps what lies before it."""
@@ -655,9 +778,11 @@ class BlockManager:
         blocks: set[Block] = {*self._index.values(), *self._copies.values(), *self._draining}
         holders: dict[Block, set[BlockTable]] = {}
         for table in tables:
-            blocks.update(table.blocks)
-            for i, block in enumerate(table.blocks):
+            held = table.blocks if table.source is None else [*table.blocks, table.source]
+            blocks.update(held)
+            for block in held:
                 holders.setdefault(block, set()).add(table)
+            for i, block in enumerate(table.blocks):
                 self._check_held(table, i, block)
             loading = sum(b.copy is not None and not b.copy.to_host for b in table.blocks)
             _require(table.loading == (loading if table.resident else 0), "a table's loads are miscounted")
@@ -665,18 +790,32 @@ class BlockManager:
         for block in blocks:
             _require(block.holders.keys() == holders.get(block, set()), "a block's holders are miscounted")
             _require(block.resident == sum(t.resident for t in block.holders), "a resident count is off")
+            self._check_writer(block)
             self._check_lists(block)
         self.device.check_integrity(b.device.index for b in blocks if b.device is not None)
         self.host.check_integrity(b.host.index for b in blocks if b.host is not None)
 
     def _check_held(self, table: BlockTable, i: int, block: Block) -> None:
         needed = max(0, min(self.block_size, table.num_tokens - i * self.block_size))
+        if table.source is not None and i == table.num_tokens // self.block_size:
+            _require(table.resident and block.writer is table, "a copied tail is not its table's own")
+            _require(len(block.holders) == 1, "a tail that is not filled yet is shared")
+            block = table.source
         held = max((slot.valid_len for slot in (block.device, block.host) if slot is not None), default=-1)
         _require(held >= needed, "a table counts on positions that no slot holds")
         if table.resident:
             _require(block.device is not None, "a resident table's block is not on the device")
             if table.is_ready and block.device is not None:
                 _require(block.device.valid_len >= needed, "a ready table's block is not valid on the device")
+
+    def _check_writer(self, block: Block) -> None:
+        writer = block.writer
+        if writer is not None:
+            _require(writer in block.holders and writer.resident, "a block's writer does not run")
+            _require(block in writer.blocks, "a block is written by a table that copies it")
+            end = (writer.blocks.index(block) + 1) * self.block_size
+            most = max(holder.num_tokens for holder in block.holders)
+            _require(writer.num_tokens >= min(end, most), "a block's writer overwrites what another needs")
 
     def _check_lists(self, block: Block) -> None:
         idle = block.resident == 0 and block.copy is None and block.fence <= self._collected

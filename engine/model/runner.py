@@ -82,6 +82,7 @@ class ModelRunner:
 
     def _compute(self, plan: StepPlan) -> StepResult:
         began = time.perf_counter()
+        self._copy_blocks(plan)
         self._update_rows(plan)
         if not plan.chunks:
             return StepResult([], [], [], time.perf_counter() - began)
@@ -118,6 +119,10 @@ class ModelRunner:
         return StepResult(
             sampled.token_ids.tolist(), sampled.finite.tolist(), sampled.logprobs, time.perf_counter() - began
         )
+
+    def _copy_blocks(self, plan: StepPlan) -> None:
+        for source, target in plan.block_copies:
+            self._pool_NLCKBD[target].copy_(self._pool_NLCKBD[source])
 
     def _update_rows(self, plan: StepPlan) -> None:
         for setup in plan.setups:

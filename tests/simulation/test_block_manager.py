@@ -24,6 +24,7 @@ def test_every_row_of_the_transition_table_happens_and_nothing_else_does() -> No
     assert not idle, f"rows that never happened: {idle}"
     assert totals.hits > 0
     assert totals.truncations > 0
+    assert totals.copies_on_write > 0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -41,7 +42,12 @@ def test_nothing_is_lost_while_copies_succeed_and_the_host_tier_has_room(seed: i
 
 def without_fence(patch: pytest.MonkeyPatch) -> None:
     """A released table's slots are free while its step still runs."""
-    patch.setattr(BlockManager, "launched", lambda self, table, step_id: None)
+    launched = BlockManager.launched
+
+    def unfenced(self: BlockManager, table: BlockTable, step_id: int) -> list[tuple[int, int]]:
+        return launched(self, table, 0)
+
+    patch.setattr(BlockManager, "launched", unfenced)
 
 
 def without_pin(patch: pytest.MonkeyPatch) -> None:
@@ -141,6 +147,58 @@ def with_repeated_reports_taken(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockManager, "poll", poll)
 
 
+def without_copy_on_write(patch: pytest.MonkeyPatch) -> None:
+    """Whoever comes first writes into the tail that others need."""
+    patch.setattr(BlockManager, "_must_copy_tail", lambda self, table: False)
+
+
+def with_a_copy_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """No step is told to fill the block that takes a shared tail's place."""
+    launched = BlockManager.launched
+
+    def mute(self: BlockManager, table: BlockTable, step_id: int) -> list[tuple[int, int]]:
+        launched(self, table, step_id)
+        return []
+
+    patch.setattr(BlockManager, "launched", mute)
+
+
+def with_a_source_let_go_at_once(patch: pytest.MonkeyPatch) -> None:
+    """The shared block is nobody's while the step that copies it is still under way."""
+    launched = BlockManager.launched
+
+    def hurry(self: BlockManager, table: BlockTable, step_id: int) -> list[tuple[int, int]]:
+        copies, table.fence = launched(self, table, step_id), 0
+        if copies and table.source is not None:
+            source, table.source = table.source, None
+            self._let_go(source, table)
+        table.fence = step_id
+        return copies
+
+    patch.setattr(BlockManager, "launched", hurry)
+
+
+def with_a_failed_copy_kept(patch: pytest.MonkeyPatch) -> None:
+    """A step failed, and the tail it was to fill counts all the same."""
+    trim = BlockManager.trim
+
+    def keep(self: BlockManager, table: BlockTable) -> None:
+        if table.source is not None:
+            source, table.source = table.source, None
+            tail = table.blocks[table.num_tokens // self.block_size].device
+            if tail is not None:
+                tail.valid_len = table.num_tokens % self.block_size
+            self._let_go(source, table)
+        trim(self, table)
+
+    patch.setattr(BlockManager, "trim", keep)
+
+
+def without_cutting(patch: pytest.MonkeyPatch) -> None:
+    """What lies behind the point from which a table goes on counts as before."""
+    patch.setattr(BlockManager, "_cut", lambda self, block, valid_len: None)
+
+
 FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     without_fence,
     without_pin,
@@ -152,6 +210,11 @@ FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     with_hits_up_to_the_last_token,
     with_tenants_mixed,
     with_repeated_reports_taken,
+    without_copy_on_write,
+    with_a_copy_forgotten,
+    with_a_source_let_go_at_once,
+    with_a_failed_copy_kept,
+    without_cutting,
 ]
 
 

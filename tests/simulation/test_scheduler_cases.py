@@ -249,6 +249,23 @@ def test_what_was_said_to_a_refused_call_is_not_heard_by_the_next_one(depth, mon
         assert len(llm.generate([[5, 6]], params, use_tqdm=False)[0].outputs[0].token_ids) == 4
 
 
+@pytest.mark.parametrize("num_prompt", [7, 8, 9])
+def test_choices_of_one_request_share_the_prompt_and_compute_its_last_position_alone(depth, num_prompt):
+    """Where the prompt ends in mid-block, that block is shared until each writes into it."""
+    world = World(1, depth=depth, prefix_caching=False)
+    one = request("one", num_prompt, 6, n=3)
+    computed = []
+    launch = world.core._runner.launch
+    world.core._runner.launch = lambda plan: (computed.append(plan.num_tokens), launch(plan))[1]
+    submit(world, one)
+    outputs = step(world, 40)
+    for choice in range(3):
+        told = [t for out in outputs for d in out.deltas if d.choice == choice for t in d.token_ids]
+        assert told == expected_tokens(one, choice, 6)
+    # What a choice does not compute: the KV of its last token. Depth 2 may run a step in vain.
+    assert sum(computed) <= num_prompt + 2 * 1 + 3 * 5 + 3 * (depth - 1)
+
+
 def test_no_more_of_a_prompt_is_cached_than_there_is():
     """Output that came with a request may be known as a prefix too, but is no part of its prompt."""
     world = World(1)

@@ -81,6 +81,12 @@ class Chunk(NamedTuple):
     start: int
     end: int
     slots: list[int]
+    copies: list[tuple[int, int]]
+    """Source and target slots that the step copies before it computes."""
+
+    @property
+    def uses(self) -> list[int]:
+        return [*self.slots, *(source for source, _ in self.copies)]
 
     @property
     def is_void(self) -> bool:
@@ -130,6 +136,9 @@ class BlockManagerModel:
         self.seen: Counter[tuple[State, Event, State]] = Counter()
         self.hits = 0
         self.truncations = 0
+        self.copies_on_write = 0
+        self.truth: dict[Block, list[int]] = {}
+        """What each block that a table holds must contain, as far as anybody committed to it."""
         self._used_by_steps: Counter[int] = Counter()
         self._copying: dict[Block, tuple[int, int]] = {}
 
@@ -138,6 +147,10 @@ class BlockManagerModel:
     @property
     def idle(self) -> list[Sequence]:
         return [s for s in self.sequences if s.table.resident and not s.in_flight]
+
+    @property
+    def idle_and_ready(self) -> list[Sequence]:
+        return [s for s in self.idle if s.table.is_ready]
 
     @property
     def parked(self) -> list[Sequence]:
@@ -163,7 +176,7 @@ class BlockManagerModel:
             self._given_copy(block, event)
         elif event in (Event.EVICT, Event.DROP_HOST, Event.DISCARD):
             require(block not in self._copying, f"{event} of a block under copy")
-        elif event not in (Event.RESERVE, Event.COMMIT):
+        elif event not in (Event.RESERVE, Event.COMMIT, Event.CUT):
             del self._copying[block]
 
     def _given_device(self, block: Block) -> None:
@@ -215,23 +228,45 @@ class BlockManagerModel:
         require(manager.reserve(table, end), "there was room, and now there is none")
 
     def fork(self) -> None:
-        """A branch of a sequence: its full blocks up to somewhere, then tokens of its own."""
+        """A branch of a sequence, wherever it is: what it has up to somewhere, then tokens of its own."""
         parent = self._pick(self.sequences)
-        table = self.manager.fork(parent.table, self.choose(parent.computed + 2 * self.block_size))
+        wanted = self.choose(parent.computed + 2 * self.block_size)
+        table = self.manager.fork(parent.table, wanted)
+        require(table.num_tokens == min(wanted, parent.computed), "a fork shares less than there is, or more")
         child = Sequence(parent.tenant, table, table.num_tokens + 1)
-        require(table.num_tokens % self.block_size == 0, "a fork shares part of a block")
         for token in [*parent.tokens[: table.num_tokens], self.choose(NUM_TOKENS)]:
             child.append(token)
         child.computed = child.scheduled = table.num_tokens
         self.sequences.append(child)
 
+    def truncate(self) -> None:
+        """A sequence goes back to somewhere, at any moment, and on from there with another token."""
+        sequence = self._pick(self.sequences)
+        kept = self.choose(sequence.computed + 1)
+        self.manager.truncate(sequence.table, kept)
+        sequence.epoch += 1
+        sequence.spoiled = False
+        sequence.computed = sequence.scheduled = kept
+        del sequence.tokens[kept:], sequence.content[kept:]
+        sequence.append(self.choose(NUM_TOKENS))
+        sequence.confirmed = kept + 1
+
+    def reserve_in_vain(self) -> None:
+        """Room is made for a step that is not launched after all."""
+        sequence = self._pick(self.idle_and_ready)
+        if self._reserve(sequence, min(sequence.computed + 1 + self.choose(self.block_size), self.max_len)):
+            self.manager.trim(sequence.table)
+
     def suspend(self) -> None:
-        """A sequence leaves the device, loading or not, but never with a step of its own in flight."""
-        self._suspend(self._pick(self.idle))
+        """A sequence leaves the device, loading or not; what steps in flight compute for it is lost."""
+        self._suspend(self._pick([s for s in self.sequences if s.table.resident]))
 
     def _suspend(self, sequence: Sequence) -> None:
         self.manager.suspend(sequence.table)
+        sequence.epoch += 1
+        sequence.spoiled = False
         sequence.scheduled = sequence.computed
+        del sequence.tokens[sequence.confirmed :], sequence.content[sequence.confirmed :]
 
     def resume(self) -> None:
         """A sequence comes back, if there is room for it."""
@@ -278,26 +313,44 @@ class BlockManagerModel:
         for sequence in [s for s in self.ready if self.choose(3)]:
             start = sequence.scheduled
             end = min(start + 1 + self.choose(2 * self.block_size), self.max_len)
-            if start < end and self._reserve(sequence.table, end):
+            if start < end and self._reserve(sequence, end):
                 while len(sequence.tokens) < end:
                     sequence.append(self.choose(NUM_TOKENS))
-                self.manager.launched(sequence.table, self.next_step)
-                slots = self._slots(sequence.table)
-                self._used_by_steps.update(slots)
-                chunks.append(Chunk(sequence, sequence.epoch, start, end, slots))
+                copies = self.manager.launched(sequence.table, self.next_step)
+                chunk = Chunk(sequence, sequence.epoch, start, end, self._slots(sequence.table), copies)
+                self._used_by_steps.update(chunk.uses)
+                self.copies_on_write += len(copies)
+                chunks.append(chunk)
                 sequence.scheduled = end
                 sequence.in_flight += 1
         if chunks:
             self.steps.append(Step(self.next_step, chunks, fails=self.choose(8) == 0))
             self.next_step += 1
 
-    def _reserve(self, table: BlockTable, num_tokens: int) -> bool:
-        missing = self.manager.blocks_for(num_tokens) - len(table.blocks)
-        fits, before = missing <= self.manager.num_available, len(table.blocks)
-        reserved = self.manager.reserve(table, num_tokens)
+    def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        table, manager = sequence.table, self.manager
+        before = len(table.blocks)
+        missing = max(manager.blocks_for(num_tokens) - before, 0) + self._must_copy(sequence)
+        fits = missing <= manager.num_available
+        reserved = manager.reserve(table, num_tokens)
         require(reserved == fits, "a reservation contradicts the room there was")
-        require(len(table.blocks) == before + (max(missing, 0) if fits else 0), "a reservation is off")
+        wanted = max(before, manager.blocks_for(num_tokens)) if fits else before
+        require(len(table.blocks) == wanted, "a reservation is off")
         return reserved
+
+    def _must_copy(self, sequence: Sequence) -> bool:
+        """Whether another sequence needs, or writes, what this one would overwrite."""
+        table = sequence.table
+        place, shared = divmod(sequence.computed, self.block_size)
+        if not shared or table.source is not None:
+            return False
+        tail = table.blocks[place]
+        others = [
+            s for s in self.sequences if s is not sequence and tail in (*s.table.blocks, s.table.source)
+        ]
+        if tail.writer is table:
+            return False
+        return tail.writer is not None or any(s.computed > sequence.computed for s in others)
 
     def _slots(self, table: BlockTable) -> list[int]:
         return [index_of(block.device) for block in table.blocks]
@@ -308,6 +361,11 @@ class BlockManagerModel:
 
     def _compute(self, step: Step) -> None:
         step.computed = True
+        device = self.transfer.device
+        copies = [copy for chunk in step.chunks for copy in chunk.copies]
+        # A step that fails may do so before, after or amid its copies.
+        for source, target in copies[: self.choose(len(copies) + 1)] if step.fails else copies:
+            device[target] = list(device[source])
         for chunk in step.chunks:
             content = chunk.sequence.content
             # Of a released sequence too: its slots are fenced, so nobody has touched them.
@@ -317,8 +375,11 @@ class BlockManagerModel:
             if sound:
                 require(self._read(chunk.slots, chunk.start) == content[: chunk.start], "a step read garbage")
             for position in range(chunk.start, chunk.end):
-                slot = self.transfer.device[chunk.slots[position // self.block_size]]
+                slot = device[chunk.slots[position // self.block_size]]
                 slot[position % self.block_size] = content[position] if sound else GARBAGE
+
+    def _chunks(self, sequence: Sequence) -> list[Chunk]:
+        return [chunk for step in self.steps for chunk in step.chunks if chunk.sequence is sequence]
 
     def _read(self, slots: list[int], end: int) -> list[int]:
         return [value for slot in slots for value in self.transfer.device[slot]][:end]
@@ -329,7 +390,7 @@ class BlockManagerModel:
         if not step.computed:
             self._compute(step)
         for chunk in step.chunks:
-            self._used_by_steps.subtract(chunk.slots)
+            self._used_by_steps.subtract(chunk.uses)
             chunk.sequence.in_flight -= 1
         collected_first = self.choose(2)
         if collected_first:
@@ -351,6 +412,10 @@ class BlockManagerModel:
             self.manager.trim(sequence.table)
         else:
             self.manager.commit(sequence.table, chunk.end, sequence.tokens[: chunk.end])
+            for place in range(sequence.computed // self.block_size, self.manager.blocks_for(chunk.end)):
+                start = place * self.block_size
+                end = min(start + self.block_size, chunk.end)
+                self.truth[sequence.table.blocks[place]] = sequence.content[start:end]
             sequence.computed = chunk.end
             sequence.confirmed = max(sequence.confirmed, chunk.end)
 
@@ -442,7 +507,7 @@ class BlockManagerModel:
                 truncated.remove(table)
                 require(table.num_tokens < sequence.computed, "a table is truncated and has lost nothing")
                 require(table.num_tokens == len(table.blocks) * self.block_size, "half a block is left")
-                require(not sequence.in_flight, "a running sequence lost blocks")
+                require(all(c.is_void for c in self._chunks(sequence)), "a running sequence lost blocks")
                 sequence.computed = sequence.scheduled = table.num_tokens
                 self.truncations += 1
             require(table.num_tokens == sequence.computed, "tokens came or went in silence")
@@ -453,14 +518,19 @@ class BlockManagerModel:
         size, table, transfer = self.block_size, sequence.table, self.transfer
         for i, block in enumerate(table.blocks):
             expected = sequence.content[i * size : min((i + 1) * size, sequence.computed)]
+            if table.source is not None and i == sequence.computed // size:
+                require(block.device is not None and block.device.valid_len == 0, "an unfilled tail counts")
+                block = table.source
             if table.is_ready:
                 held = transfer.device[index_of(block.device)][: len(expected)]
                 require(held == expected, "a ready table holds garbage")
+            truth = self.truth.get(block, [])
+            require(truth[: len(expected)] == expected, "a table's content is overwritten")
             for slot, tier in ((block.device, transfer.device), (block.host, transfer.host)):
                 if slot is not None and slot.valid_len:
-                    require(slot.valid_len <= len(expected), "a slot claims too much")
+                    require(slot.valid_len <= len(truth), "a slot claims too much")
                     n = slot.valid_len
-                    require(tier[slot.index][:n] == expected[:n], "a slot holds garbage")
+                    require(tier[slot.index][:n] == truth[:n], "a slot holds garbage")
 
     def _pick(self, items: list[T]) -> T:
         return items[self.choose(len(items))]
@@ -477,7 +547,9 @@ class Rule(NamedTuple):
 RULES = (
     Rule(BlockManagerModel.admit, 6, lambda m: len(m.sequences) < MAX_SEQUENCES),
     Rule(BlockManagerModel.fork, 2, lambda m: 0 < len(m.sequences) < MAX_SEQUENCES),
-    Rule(BlockManagerModel.suspend, 4, lambda m: m.idle),
+    Rule(BlockManagerModel.truncate, 2, lambda m: m.sequences),
+    Rule(BlockManagerModel.reserve_in_vain, 1, lambda m: m.idle_and_ready),
+    Rule(BlockManagerModel.suspend, 4, lambda m: [s for s in m.sequences if s.table.resident]),
     Rule(BlockManagerModel.resume, 6, lambda m: m.parked),
     Rule(BlockManagerModel.park, 2, lambda m: m.parked),
     Rule(BlockManagerModel.unpark, 1, lambda m: m.parked),
@@ -510,6 +582,7 @@ class Totals:
     rules: int = 0
     hits: int = 0
     truncations: int = 0
+    copies_on_write: int = 0
     seen: Counter[tuple[State, Event, State]] = field(default_factory=Counter)
 
 
@@ -534,6 +607,7 @@ def run_random(num_rules: int, *, walk: bool = True) -> Totals:
         totals.rules += RULES_PER_EPISODE
         totals.hits += model.hits
         totals.truncations += model.truncations
+        totals.copies_on_write += model.copies_on_write
         totals.seen += model.seen
     return totals
 

@@ -175,6 +175,8 @@ class FakeRunner:
             blocks.append(block)
         if self._rng.random() < self._faults.step_fails:
             return MemoryError("a planned fault")
+        for source, target in plan.block_copies:
+            self._tiers.device[target] = list(self._tiers.device[source])
         result = StepResult([], [], [], 0.001 * len(plan.chunks))
         for chunk in plan.chunks:
             row = self._rows[chunk.row]

@@ -214,6 +214,19 @@ def test_blocks_added_later_hold_the_tokens_that_follow(tiny, depth):
     assert outputs == generate(tiny, {2: tokens}, steps=14)[2]
 
 
+def test_a_row_goes_on_from_a_block_that_it_shares(tiny, depth):
+    """The step copies the block when its turn comes: behind the step that fills it, before it writes."""
+    runner = make_runner(tiny, depth)
+    tokens = prompt(12)
+    runner.launch(StepPlan(0, [Chunk(0, 0, 12, False)], [setup(0, tokens, blocks=2)]))
+    blocks = [setup(0, tokens).block_ids[0], 50]
+    copies = [(setup(0, tokens).block_ids[1], 50)]
+    sharer = replace(setup(1, [*tokens, 7]), block_ids=blocks)
+    forked = runner.launch(StepPlan(1, [Chunk(1, 12, 1, True)], [sharer], [], copies))
+    assert forked.result().token_ids == generate(tiny, {1: [*tokens, 7]}, steps=1)[1]
+    runner.close()
+
+
 def test_a_step_that_raises_does_so_from_its_handle_and_the_next_still_runs(tiny, depth):
     runner = make_runner(tiny, depth)
     tokens = prompt(5)

@@ -492,16 +492,17 @@ def test_a_suspended_table_never_drops_its_own_copies_to_make_room_for_itself() 
 # Forks
 
 
-def test_a_fork_shares_full_blocks_and_leaves_the_tail() -> None:
+def test_a_fork_shares_everything_up_to_a_position_and_the_tail_in_part() -> None:
     rig = Rig(8, 8)
     parent = rig.run([1, 2, 3, 4, 5])
-    for num_tokens, shared in ((0, 0), (3, 1), (4, 2), (5, 2), (99, 2)):
+    for num_tokens, shared in ((0, 0), (1, 1), (3, 2), (4, 2), (5, 3)):
         child = rig.manager.fork(parent, num_tokens)
         assert child.blocks == parent.blocks[:shared]
-        assert child.num_tokens == shared * SIZE
+        assert child.num_tokens == num_tokens
         assert not child.resident
         rig.manager.release(child)
-    rig.check()
+    assert rig.manager.fork(parent, 99).num_tokens == 5
+    assert rig.manager.num_draining == 0
 
 
 def test_a_fork_keeps_shared_blocks_when_its_parent_is_over() -> None:
@@ -511,9 +512,168 @@ def test_a_fork_keeps_shared_blocks_when_its_parent_is_over() -> None:
     rig.tables.append(child)
     rig.release(parent)
     rig.copy_all()
-    assert states(child) == [State.CLEAN]
+    assert states(child) == [State.CLEAN, State.CLEAN]
     rig.run([9] * 8)
-    assert states(child) == [State.HOST_ONLY]
+    assert states(child) == [State.HOST_ONLY, State.HOST_ONLY]
+    rig.check()
+
+
+def forked(rig: Rig, parent: BlockTable, num_tokens: int) -> BlockTable:
+    """A child that runs."""
+    child = rig.manager.fork(parent, num_tokens)
+    rig.tables.append(child)
+    rig.manager.resume(child)
+    return child
+
+
+def test_a_child_that_writes_into_a_shared_tail_copies_it_first() -> None:
+    """The parent goes on writing where it is; the child's step fills a block of its own."""
+    rig = Rig(8, 8)
+    parent = rig.run([1, 2, 3])
+    tail = parent.blocks[1]
+    child = forked(rig, parent, 3)
+    assert rig.manager.num_missing(child, 4) == 1
+    assert rig.manager.reserve(child, 4)
+    assert rig.manager.reserve(parent, 4)
+    assert parent.blocks[1] is tail
+    own = child.blocks[1]
+    assert own is not tail
+    assert tail.device is not None
+    assert own.device is not None
+    assert rig.manager.launched(parent, 1) == []
+    assert rig.manager.launched(child, 1) == [(tail.device.index, own.device.index)]
+    assert rig.manager.launched(child, 2) == []
+    rig.check()
+    rig.manager.commit(parent, 4, [1, 2, 3, 4])
+    rig.manager.commit(child, 4, [1, 2, 3, 9])
+    rig.manager.collected(1)
+    assert list(tail.holders) == [parent]
+    rig.check()
+
+
+def test_of_equal_holders_one_writes_in_place_and_the_others_copy() -> None:
+    rig = Rig(8, 8)
+    parent = rig.run([1, 2, 3])
+    first, second = forked(rig, parent, 3), forked(rig, parent, 3)
+    tail = parent.blocks[1]
+    rig.release(parent)
+    assert rig.manager.reserve(first, 4)
+    assert rig.manager.reserve(second, 4)
+    assert first.blocks[1] is tail
+    assert second.blocks[1] is not tail
+    rig.check()
+
+
+def test_a_step_that_fails_leaves_the_child_with_the_shared_tail_and_it_copies_again() -> None:
+    rig = Rig(8, 8)
+    parent = rig.run([1, 2, 3])
+    child = forked(rig, parent, 3)
+    rig.manager.reserve(child, 5)
+    rig.launch(parent, child)
+    rig.manager.collected(rig.step)
+    rig.manager.trim(child)
+    assert child.blocks == parent.blocks
+    assert rig.manager.num_available == 6
+    rig.check()
+    rig.manager.reserve(child, 4)
+    assert len(rig.manager.launched(child, 3)) == 1
+    rig.check()
+
+
+def test_the_source_of_a_copy_stays_until_its_step_is_collected() -> None:
+    """Whatever becomes of parent and child meanwhile: the step reads the slot when its turn comes."""
+    rig = Rig(4, 0, caches=False)
+    parent = rig.run([1])
+    child = forked(rig, parent, 1)
+    rig.manager.reserve(child, 2)
+    step = rig.launch(child)
+    rig.release(parent)
+    assert rig.manager.num_available == 2
+    rig.release(child)
+    assert (rig.manager.num_available, rig.manager.num_draining) == (2, 2)
+    rig.check()
+    rig.manager.collected(step)
+    assert rig.manager.num_available == 4
+
+
+def test_a_tail_on_the_host_is_shared_there_and_loaded_once_for_both() -> None:
+    rig = Rig(4, 4, caches=False)
+    parent = rig.run([1, 2, 3])
+    rig.park(parent)
+    rig.release(rig.run([9] * 8))
+    child = rig.manager.fork(parent, 3)
+    rig.tables.append(child)
+    assert states(child) == [State.HOST_ONLY, State.HOST_ONLY]
+    rig.manager.resume(child)
+    rig.manager.resume(parent)
+    assert rig.copy_all() == 2
+    rig.compute(child, [1, 2, 3, 9])
+    rig.compute(parent, [1, 2, 3, 4])
+    assert rig.manager.device.num_free == 1
+    rig.check()
+
+
+def test_a_tail_that_another_is_about_to_fill_is_forked_from_its_source() -> None:
+    rig = Rig(8, 8)
+    parent = rig.run([1, 2, 3])
+    child = forked(rig, parent, 3)
+    rig.manager.reserve(child, 4)
+    rig.launch(child)
+    grandchild = rig.manager.fork(child, 3)
+    rig.tables.append(grandchild)
+    assert grandchild.blocks == parent.blocks
+    rig.check()
+
+
+# Going back
+
+
+def test_a_table_is_cut_to_fewer_positions_and_goes_on_from_there() -> None:
+    rig = Rig(8, 8)
+    table = rig.run([1, 2, 3, 4, 5])
+    rig.manager.truncate(table, 3)
+    assert (table.num_tokens, len(table.blocks)) == (3, 2)
+    assert rig.manager.device.num_free == 6
+    rig.check()
+    rig.compute(table, [1, 2, 3, 9, 9])
+    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 9, 9])) == 2
+    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 9])) == 1
+    rig.check()
+
+
+def test_others_keep_what_one_of_them_is_cut_short_of() -> None:
+    rig = Rig(8, 8)
+    table = rig.run([1, 2, 3, 4])
+    other = forked(rig, table, 4)
+    rig.manager.truncate(table, 3)
+    rig.compute(table, [1, 2, 3, 9])
+    assert table.blocks[0] is other.blocks[0]
+    assert table.blocks[1] is not other.blocks[1]
+    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5])) == 2
+    rig.check()
+
+
+def test_a_copy_under_way_counts_only_as_far_as_nothing_was_overwritten() -> None:
+    rig = Rig(4, 4, caches=False)
+    table = rig.run([1, 2])
+    rig.manager.write_ahead(table.blocks, 1)
+    rig.manager.flush()
+    rig.manager.truncate(table, 1)
+    rig.compute(table, [1, 9])
+    rig.copy_all()
+    (block,) = table.blocks
+    assert block.host is not None
+    assert (block.state, block.host.valid_len) == (State.DIRTY, 1)
+    rig.check()
+
+
+def test_a_parked_table_is_cut_where_it_lies() -> None:
+    rig = Rig(4, 4, caches=False)
+    table = rig.run([1, 2, 3, 4])
+    rig.park(table)
+    rig.manager.truncate(table, 1)
+    assert states(table) == [State.CLEAN]
+    assert (rig.manager.device.num_free, rig.manager.host.num_free) == (3, 3)
     rig.check()
 
 
