@@ -1,0 +1,194 @@
+"""The Kubernetes manifests: every overlay builds, is valid, and keeps what the pages promise of it."""
+
+import copy
+import functools
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+OVERLAYS = ("cpu", "gpu", "sidecar", "multi-gpu")
+KUBERNETES_VERSIONS = ("1.35", "1.36", "1.37")
+"""The last three."""
+OUR_DRAIN_END = 10
+"""Seconds that a server may take behind its drain grace, to write the last messages and to end."""
+SCHEMAS = Path(__file__).parent / "schemas"
+
+Manifest = dict[str, Any]
+
+
+@functools.cache
+def build(folder: str) -> tuple[Manifest, ...]:
+    """All objects of a kustomization below ``k8s/``."""
+    if shutil.which("kustomize"):
+        command = ["kustomize", "build"]
+    elif shutil.which("kubectl"):
+        command = ["kubectl", "kustomize"]
+    else:
+        pytest.fail("install kustomize, or kubectl 1.27 or later: the manifests are built with it")
+    built = subprocess.run(
+        [*command, str(ROOT / "k8s" / folder)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert built.returncode == 0, built.stderr
+    return tuple(yaml.safe_load_all(built.stdout))
+
+
+BUILT = [*(f"overlays/{overlay}" for overlay in OVERLAYS), "examples/inference-pool"]
+
+
+def complaints(manifest: Manifest, version: str) -> Iterator[str]:
+    """What is wrong with one object, by the schema of its kind; unknown fields are wrong."""
+    vendored = SCHEMAS / f"{manifest['kind']}.json"
+    if vendored.exists():
+        validator = jsonschema.Draft202012Validator(json.loads(vendored.read_text()))
+        for error in validator.iter_errors(manifest):
+            yield f"{manifest['kind']} {error.json_path}: {error.message}"
+        return
+    try:
+        kubernetes_validate.validate(manifest, version, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        yield f"{manifest['kind']} {list(error.path)}: {error.message}"
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+@pytest.mark.parametrize("folder", [*BUILT, "monitoring"])
+def test_every_overlay_builds_and_is_valid(folder: str, version: str) -> None:
+    manifests = build(folder)
+    assert manifests
+    assert [line for manifest in manifests for line in complaints(manifest, version)] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("Deployment", ("spec", "template", "spec", "containers", 0, "readinesProbe"), {}),
+        ("Deployment", ("spec", "replicas"), "two"),
+        ("HorizontalPodAutoscaler", ("spec", "maxReplicas"), "8"),
+        ("ServiceMonitor", ("spec", "endpoints", 0, "intervall"), "15s"),
+        ("NetworkPolicy", ("spec", "podSelectors"), {}),
+    ],
+)
+def test_a_planted_mistake_is_caught(kind: str, path: tuple[str | int, ...], value: object) -> None:
+    manifest = copy.deepcopy(next(m for m in build("overlays/cpu") if m["kind"] == kind))
+    assert not list(complaints(manifest, KUBERNETES_VERSIONS[-1]))
+    place: Any = manifest
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    assert list(complaints(manifest, KUBERNETES_VERSIONS[-1]))
+
+
+def pods(folder: str) -> Iterator[tuple[Manifest, Manifest]]:
+    """Each Deployment's pod template, and the container in it that is Tidegate."""
+    for manifest in build(folder):
+        if manifest["kind"] == "Deployment":
+            spec = manifest["spec"]["template"]["spec"]
+            containers = [*spec.get("initContainers", ()), *spec["containers"]]
+            yield spec, next(container for container in containers if container["name"] == "tidegate")
+
+
+def flag(container: Manifest, name: str) -> str | None:
+    given = [arg.partition("=")[2] for arg in container["args"] if arg.startswith(f"--{name}=")]
+    return given[-1] if given else None
+
+
+@pytest.mark.parametrize("folder", BUILT)
+def test_pods_fit_the_restricted_security_standard(folder: str) -> None:
+    for spec, _ in pods(folder):
+        assert not any(spec.get(field) for field in ("hostNetwork", "hostPID", "hostIPC"))
+        assert spec["automountServiceAccountToken"] is False
+        allowed = {"configMap", "secret", "emptyDir", "persistentVolumeClaim", "projected"}
+        assert {kind for volume in spec.get("volumes", ()) for kind in volume if kind != "name"} <= allowed
+        for container in (*spec.get("initContainers", ()), *spec["containers"]):
+            security = {**spec["securityContext"], **container["securityContext"]}
+            assert security["runAsNonRoot"] is True
+            assert security["runAsUser"] != 0
+            assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize("folder", BUILT)
+def test_memory_is_guaranteed_and_counts_the_volumes_in_memory(folder: str) -> None:
+    for spec, container in pods(folder):
+        resources = container["resources"]
+        assert resources["requests"]["memory"] == resources["limits"]["memory"]
+        in_memory = [v["emptyDir"] for v in spec["volumes"] if v.get("emptyDir", {}).get("medium") == "Memory"]
+        assert any(v["name"].endswith("shm") for v in spec["volumes"])
+        assert sum(size_of(volume["sizeLimit"]) for volume in in_memory) < size_of(
+            resources["limits"]["memory"]
+        )
+
+
+@pytest.mark.parametrize("folder", BUILT)
+def test_the_pod_outlives_its_drain(folder: str) -> None:
+    for spec, container in pods(folder):
+        given = flag(container, "drain-grace") or ""
+        grace = float(config(folder)["drain-grace"] if given.startswith("$(") else given)
+        waits = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+        assert spec["terminationGracePeriodSeconds"] >= waits + grace + OUR_DRAIN_END
+
+
+def test_a_sidecar_starts_first_ends_last_and_has_no_pre_stop() -> None:
+    ((spec, container),) = pods("overlays/sidecar")
+    assert container in spec["initContainers"]
+    assert container["restartPolicy"] == "Always"
+    assert "lifecycle" not in container
+    (application,) = spec["containers"]
+    (shared,) = {mount["name"] for mount in application["volumeMounts"]} & {
+        mount["name"] for mount in container["volumeMounts"]
+    }
+    (mount,) = (m["mountPath"] for m in container["volumeMounts"] if m["name"] == shared)
+    address = flag(container, "listen")
+    assert address is not None
+    assert address.startswith(f"unix:{mount}/")
+    assert {"name": "TIDEGATE_ADDRESS", "value": address} in application["env"]
+
+
+@pytest.mark.parametrize("folder", BUILT)
+def test_probes_ask_the_health_port_and_liveness_does_not_ask_for_readiness(folder: str) -> None:
+    for _, container in pods(folder):
+        port = int(flag(container, "health-port") or 0)
+        for probe in ("startupProbe", "readinessProbe"):
+            assert container[probe]["grpc"] == {"port": port}
+        assert container["livenessProbe"]["grpc"] == {"port": port, "service": "liveness"}
+
+
+@pytest.mark.parametrize("folder", ["overlays/cpu", "overlays/gpu", "overlays/multi-gpu"])
+def test_selectors_select_the_pods_and_clients_are_asked_for_one_label_only(folder: str) -> None:
+    manifests = {manifest["kind"]: manifest["spec"] for manifest in build(folder) if "spec" in manifest}
+    labels = manifests["Deployment"]["template"]["metadata"]["labels"].items()
+    for selector in (
+        manifests["Deployment"]["selector"]["matchLabels"],
+        manifests["Service"]["selector"],
+        manifests["PodDisruptionBudget"]["selector"]["matchLabels"],
+        manifests["NetworkPolicy"]["podSelector"]["matchLabels"],
+        manifests["ServiceMonitor"]["selector"]["matchLabels"],
+    ):
+        assert selector
+        assert selector.items() <= labels
+    client = manifests["NetworkPolicy"]["ingress"][0]["from"]
+    assert client == [{"podSelector": {"matchLabels": {"tidegate.dev/client": "true"}}}]
+    assert manifests["Service"]["clusterIP"] == "None"
+
+
+def config(folder: str) -> dict[str, str]:
+    data: dict[str, str] = next(m["data"] for m in build(folder) if m["kind"] == "ConfigMap")
+    return data
+
+
+def size_of(quantity: str) -> float:
+    """Bytes of a Kubernetes quantity such as ``4Gi``."""
+    for power, suffix in enumerate(("Ki", "Mi", "Gi", "Ti"), start=1):
+        if quantity.endswith(suffix):
+            return float(quantity[:-2]) * 1024**power
+    return float(quantity)
