@@ -35,12 +35,15 @@ def generate(root: Path) -> list[Path]:
     # The one root from which both a checkout and an unpacked sdist reach the files: an sdist holds
     # them where the links of the checkout stand.
     proto_root = root / ".src"
-    room = proto_root / "tidegate" / "v1"
-    protos = sorted(room.glob("*.proto"))
-    if not protos:
-        raise StubsError(f"no .proto file in {room}: is the link broken?")
-
-    _remove_orphans(room)
+    package = proto_root / "tidegate"
+    rooms = [package / "v1", *sorted(path for path in (package / "compat").iterdir() if path.is_dir())]
+    protos: list[Path] = []
+    for room in rooms:
+        found = sorted(room.glob("*.proto"))
+        if not found:
+            raise StubsError(f"no .proto file in {room}: is the link broken?")
+        _remove_orphans(room)
+        protos += found
     with as_file(files("grpc_tools") / "_proto") as well_known_types:
         status = protoc.main(
             [

@@ -1,23 +1,17 @@
 """``InferenceService``: text and tokens for applications."""
 
 import contextlib
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc.aio
 
 from tidegate.engine.text import Text
 from tidegate.service import convert, events
-from tidegate.service.events import Outbox, coalesce
-from tidegate.service.generation import Generation
+from tidegate.service.call import open_call, stream_call
+from tidegate.service.events import Outbox
 from tidegate.service.intake import Intake
 from tidegate.service.session import Sessions
 from tidegate.v1 import inference_pb2, inference_pb2_grpc, session_pb2
-
-UNREAD_TOKENS = 1024
-"""How far ``Generate`` runs ahead of what its stream takes, for each choice."""
-DEADLINE_MARGIN = 0.05
-"""Seconds, or this part of the whole if that is less: the last message must arrive in time."""
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -40,21 +34,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         request: inference_pb2.GenerateRequest,
         context: "grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]",
     ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
-        outbox = Outbox()
-        generation = self._open(request, outbox, UNREAD_TOKENS, context.time_remaining())
-        try:
-            await self._intake.submit(generation, request)
-            ended = False
-            while not ended:
-                for event in coalesce(await outbox.take()):
-                    # A refusal is raised before anything was written: it goes out without headers.
-                    yield _response(event, request.return_prompt_token_ids)
-                    if isinstance(event, list):
-                        for delta in event:
-                            generation.delivered(delta.choice, delta.end_offset)
-                    ended = isinstance(event, events.Finished)
-        finally:
-            generation.abandon()
+        call = stream_call(self._intake, request, context.time_remaining())
+        async with contextlib.aclosing(call):
+            async for event in call:
+                # A refusal is raised before anything was written: it goes out without headers.
+                yield _response(event, request.return_prompt_token_ids)
 
     async def GenerateUnary(
         self,
@@ -63,7 +47,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         "inference_pb2.GenerateUnaryResponse]",
     ) -> inference_pb2.GenerateUnaryResponse:
         outbox = Outbox()
-        generation = self._open(request, outbox, None, context.time_remaining())
+        generation = open_call(self._intake, request, outbox, unread=None, remaining=context.time_remaining())
         try:
             await self._intake.submit(generation, request)
             return await _collect(outbox, request.return_prompt_token_ids)
@@ -91,23 +75,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._intake.check_model(request)
         return inference_pb2.CountTokensResponse(tokens=len(await self._intake.token_ids(request.prompt)))
 
-    def _open(
-        self,
-        request: inference_pb2.GenerateRequest | inference_pb2.GenerateUnaryRequest,
-        outbox: Outbox,
-        unread: int | None,
-        remaining: float | None,
-    ) -> Generation:
-        """``remaining``: seconds until the RPC's deadline."""
-        request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
-        limit = None
-        if remaining is not None:
-            limit = remaining - min(DEADLINE_MARGIN, DEADLINE_MARGIN * remaining)
-        return self._intake.open(request_id, request, outbox, credit=None, unread=unread, time_limit=limit)
-
 
 def _response(event: events.Notice | list[events.Delta], with_prompt: bool) -> inference_pb2.GenerateResponse:
-    """Raises the failure of ``Failed``: here it is the RPC's own end."""
     match event:
         case list():
             return inference_pb2.GenerateResponse(batch=convert.batch(event))
@@ -117,8 +86,6 @@ def _response(event: events.Notice | list[events.Delta], with_prompt: bool) -> i
             return inference_pb2.GenerateResponse(progress=convert.progress(event))
         case events.Finished():
             return inference_pb2.GenerateResponse(finished=convert.finished(event))
-        case events.Failed():
-            raise event.failure
         case _:
             raise TypeError(f"{type(event).__name__} is an event of sessions")
 

@@ -59,7 +59,7 @@ def complaints(manifest: Manifest, version: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
-@pytest.mark.parametrize("folder", [*BUILT, "monitoring"])
+@pytest.mark.parametrize("folder", BUILT)
 def test_every_overlay_builds_and_is_valid(folder: str, version: str) -> None:
     manifests = build(folder)
     assert manifests
@@ -122,7 +122,9 @@ def test_memory_is_guaranteed_and_counts_the_volumes_in_memory(folder: str) -> N
     for spec, container in pods(folder):
         resources = container["resources"]
         assert resources["requests"]["memory"] == resources["limits"]["memory"]
-        in_memory = [v["emptyDir"] for v in spec["volumes"] if v.get("emptyDir", {}).get("medium") == "Memory"]
+        in_memory = [
+            v["emptyDir"] for v in spec["volumes"] if v.get("emptyDir", {}).get("medium") == "Memory"
+        ]
         assert any(v["name"].endswith("shm") for v in spec["volumes"])
         assert sum(size_of(volume["sizeLimit"]) for volume in in_memory) < size_of(
             resources["limits"]["memory"]

@@ -14,8 +14,8 @@ from front import Front, read_error, refusal_of, until
 from google.protobuf.duration_pb2 import Duration
 
 from tidegate.engine.messages import Finish, Limit, Submit
+from tidegate.service.call import UNREAD_TOKENS
 from tidegate.service.errors import CODES
-from tidegate.service.inference import UNREAD_TOKENS
 from tidegate.service.intake import MAX_PROMPT_CHARS
 from tidegate.service.server import MAX_MESSAGE_BYTES
 from tidegate.service.session import SessionLimits
