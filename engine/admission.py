@@ -106,6 +106,7 @@ class Admission:
         # Making room may have cost its own tail. Later, this would drop the step that it gets now.
         self._eviction.note_truncated()
         returns = bool(table.blocks)
+        seq.immune_until = self._eviction.step_id + policy.IMMUNE_STEPS
         # The order in the queue depends on whether it has started: out of the queue first.
         self._roster.leave(seq)
         if seq.started_at is None:
@@ -115,7 +116,6 @@ class Admission:
             tokens = table.num_tokens if returns else len(known) * size
             self._journal.admitted(seq, known=tokens, on_host=min(tokens, on_host * size))
         else:
-            seq.immune_until = self._eviction.step_id + policy.IMMUNE_STEPS
             self._journal.progress(seq, ProgressKind.RESUMED)
         if returns:
             manager.resume(table)

@@ -46,6 +46,8 @@ class Eviction:
         self.prefill = Throughput()
         self.step_id = 0
         """The last step that was planned."""
+        self.step_seconds = 0.0
+        """How long the last step took that was collected."""
         self._limits = limits
         self._roster = roster
         self._manager = manager
@@ -193,16 +195,21 @@ class Eviction:
         total = manager.device.num_blocks
         if manager.device.num_free < policy.DEMOTE_MARK * total:
             manager.demote_prefixes(policy.DEMOTED_A_STEP)
-        most = self._limits.write_ahead
-        if not most or manager.num_available > (1 - policy.WRITE_AHEAD_MARK) * total:
+        if manager.num_available > (1 - policy.WRITE_AHEAD_MARK) * total:
             return
+        most = policy.write_ahead_blocks(
+            seconds=self._limits.write_ahead * self.step_seconds,
+            bytes_per_second=self._bytes_per_second(),
+            block_bytes=self._limits.block_bytes,
+            queued_blocks=manager.copies_in_flight,
+        )
         holders = [seq for seq in self._roster.running if seq.table.is_ready]
         ranked = sorted(self._candidates(holders), key=lambda pair: policy.victim_rank(pair[1]))
         for seq, _ in ranked:
+            if most == 0:
+                return
             full = seq.table.blocks[: seq.table.num_tokens // manager.block_size]
             most -= manager.write_ahead(full, most)
-            if most <= 0:
-                return
 
     def _candidates(self, holders: list[Sequence]) -> Iterator[tuple[Sequence, policy.Candidate]]:
         return ((seq, seq.candidate(self.step_id)) for seq in holders)

@@ -13,6 +13,6 @@ class Limits:
     park_grace: float
     preemption: str
     block_bytes: int
-    write_ahead: int
-    """Blocks of likely victims that may be written to the host in a step, before anybody is preempted.
+    write_ahead: float
+    """Share of the link's time that may go to writing likely victims to the host before anybody is preempted.
     0 where copying takes computing time, as on the CPU device."""

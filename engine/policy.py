@@ -18,7 +18,7 @@ CAUTION_A_PREEMPTION = 0.05
 CAUTION_KEPT_IN_CALM = 0.95
 CAUTION_MOST = 4.0
 
-WRITE_AHEAD_MARK = 0.85
+WRITE_AHEAD_MARK = 0.5
 """Share of the device tier in use from which likely victims are written to the host in advance."""
 
 DEMOTE_MARK = 0.05
@@ -28,7 +28,8 @@ DEMOTED_A_STEP = 8
 """Blocks; a bound on what copying takes from the step beside it."""
 
 IMMUNE_STEPS = 16
-"""Steps during which a sequence that just came back is the last of its priority to be preempted."""
+"""Steps during which a sequence that just came in, or came back, is the last of its priority to be preempted:
+its blocks are not written yet, or were only just read."""
 
 
 class Candidate(NamedTuple):
@@ -54,6 +55,13 @@ def victim_rank(candidate: Candidate) -> tuple[bool, int, bool, int]:
 def may_displace(taker: Candidate, victim: Candidate) -> bool:
     """Whether ``victim`` may lose its blocks so that ``taker``, which runs already, can go on."""
     return victim.stalled or (victim.priority, -victim.arrival) < (taker.priority, -taker.arrival)
+
+
+def write_ahead_blocks(
+    *, seconds: float, bytes_per_second: float, block_bytes: int, queued_blocks: int
+) -> int:
+    """How many blocks the link can write in so many seconds, behind those that are queued already."""
+    return max(0, int(seconds * bytes_per_second / block_bytes) - queued_blocks)
 
 
 def growth_reserve(num_running: int, block_size: int, caution: float) -> int:

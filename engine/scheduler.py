@@ -362,6 +362,7 @@ class Scheduler:
 
     def _observe(self, plan: StepPlan, seconds: float) -> None:
         """Only steps that are mostly prefill tell how fast recomputation would be."""
+        self._eviction.step_seconds = seconds
         if plan.num_tokens >= 2 * len(plan.chunks):
             self._eviction.prefill.observe(plan.num_tokens, seconds)
 

@@ -157,7 +157,7 @@ def random_world(seed):
         park_grace=rng.choice((0.0, 0.01, 0.2)),
         preemption=rng.choice(("auto", "swap", "recompute")),
         prefix_caching=rng.random() < 0.8,
-        write_ahead=rng.choice((0, 2, 16)),
+        write_ahead=rng.choice((0, 0.001, 1)),
         faults=Faults(
             copy_fails=rng.choice((0, 0.05, 0.3)),
             copy_delay=rng.choice((0, 0.3, 0.9)),

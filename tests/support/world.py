@@ -221,7 +221,7 @@ class World:
     park_grace: float = 0.05
     preemption: str = "auto"
     prefix_caching: bool = True
-    write_ahead: int = 4
+    write_ahead: float = 0.01
     faults: Faults = field(default_factory=Faults)
 
     def __post_init__(self) -> None:

@@ -83,3 +83,15 @@ def test_bytes_that_wait_before_it_make_a_swap_dearer() -> None:
     busy = policy.preemption_costs(queued_bytes=100, **known)
     assert busy.swap > calm.swap
     assert busy.recompute == calm.recompute
+
+
+def test_no_more_is_written_ahead_than_the_link_carries_beside_a_step() -> None:
+    def blocks(seconds: float, queued: int) -> int:
+        return policy.write_ahead_blocks(
+            seconds=seconds, bytes_per_second=1000.0, block_bytes=100, queued_blocks=queued
+        )
+
+    assert blocks(seconds=2.0, queued=0) == 20
+    assert blocks(seconds=2.0, queued=15) == 5
+    assert blocks(seconds=2.0, queued=30) == 0
+    assert blocks(seconds=0.0, queued=0) == 0
