@@ -57,8 +57,8 @@ bench: protos ## Offline throughput of the demo checkpoint, as JSON in .cache/
 	mkdir -p .cache
 	$(BIN)/tidegate bench offline --model demo --requests 64 --input-len 128 --output-len 64 --json .cache/bench.json
 
-simulate: protos ## Policies against loads on simulated machines: the real scheduler in virtual time
-	$(BIN)/python tests/simulation/lab.py
+simulate: protos ## Policies against loads on simulated machines, in virtual time: one table a machine
+	PYTHONPATH=tests/support $(BIN)/python tests/simulation/lab.py
 
 gpu: ## On a machine with CUDA, torch and triton: the kernels against references, peers and roofline
 	PYTHONPATH=.src:tests/support:tests/gpu $(PYTHON) -P tests/gpu/kernels.py --json gpu-kernels.json
