@@ -43,8 +43,8 @@ class Admission:
         prompt, given = len(request.prompt_token_ids), len(request.output_token_ids)
         params, longest = request.params, self._max_model_len
         output = params.max_tokens or given + 1
-        if request.id in self._roster.requests:
-            found.append(Violation("request_id", "is in use by a request that has not ended"))
+        if request.id in self._roster:
+            found.append(Violation("request_id", "is in use by a request that has not ended, or is leased"))
         if prompt == 0:
             found.append(Violation("prompt", "is empty: give at least one token"))
         elif prompt + output > longest:
@@ -65,7 +65,23 @@ class Admission:
         """Take in a request without violations."""
         choices = [self._new_sequence(request, i) for i in range(request.params.n)]
         self._roster.add(choices)
+        self._start_behind_parent(choices[0])
         self._eviction.place(choices[0])
+
+    def _start_behind_parent(self, seq: Sequence) -> None:
+        """Share the KV that the parent has of this prompt, in whatever tier it lies."""
+        parent = None if seq.request.parent is None else self._roster.find(seq.request.parent)
+        if parent is None or parent.request.tenant != seq.request.tenant:
+            return
+        # The last token must be computed, to give logits.
+        most = min(parent.table.num_tokens, len(seq.tokens) - 1)
+        shared = common_prefix(parent.tokens, seq.tokens, most)
+        if (
+            shared
+            and shared >= len(self._manager.find_prefix(seq.table, seq.tokens)) * self._manager.block_size
+        ):
+            self._roster.set_table(seq, self._manager.fork(parent.table, shared))
+            seq.high_water = seq.table.num_tokens
 
     def _new_sequence(self, request: Request, choice: int) -> Sequence:
         params = request.params
@@ -111,10 +127,14 @@ class Admission:
         self._roster.leave(seq)
         if seq.started_at is None:
             seq.started_at = self._now()
-            on_host = sum(block.device is None or block.state is State.LOADING for block in known)
             size = manager.block_size
-            tokens = table.num_tokens if returns else len(known) * size
-            self._journal.admitted(seq, known=tokens, on_host=min(tokens, on_host * size))
+            total = table.num_tokens if returns else len(known) * size
+            on_host = sum(
+                min(size, total - i * size)
+                for i, block in enumerate(known)
+                if block.device is None or block.state is State.LOADING
+            )
+            self._journal.admitted(seq, known=total, on_host=on_host)
         else:
             self._journal.progress(seq, ProgressKind.RESUMED)
         if returns:
@@ -150,3 +170,10 @@ class Admission:
     def adapt(self, num_displaced: int) -> None:
         """A step is planned for which so many sequences lost their blocks to others that run."""
         self._caution = policy.next_caution(self._caution, num_displaced)
+
+
+def common_prefix(one: list[int], other: list[int], most: int) -> int:
+    """How many tokens the two have in common from the first on, up to ``most``."""
+    if one[:most] == other[:most]:
+        return most
+    return next(i for i in range(most) if one[i] != other[i])

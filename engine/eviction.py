@@ -42,7 +42,7 @@ class Eviction:
         bytes_per_second: Callable[[], float],
         now: Callable[[], float],
     ) -> None:
-        self.timers = Timers(alive=roster.requests)
+        self.timers = Timers(alive=roster)
         self.prefill = Throughput()
         self.step_id = 0
         """The last step that was planned."""
@@ -66,7 +66,7 @@ class Eviction:
     def victim(self, may: Callable[[policy.Candidate], bool]) -> Sequence | None:
         """The sequence that gives up its device blocks first, among those that ``may``."""
         holders = [seq for seq in self._roster.running if not seq.preempted]
-        holders += [seq for seq in self._roster.idle if seq.table.resident]
+        holders += [seq for seq in (*self._roster.idle, *self._roster.leased()) if seq.table.resident]
         ranked = [
             (policy.victim_rank(candidate), seq)
             for seq, candidate in self._candidates(holders)
@@ -76,7 +76,7 @@ class Eviction:
 
     def preempt(self, seq: Sequence) -> None:
         """Take its device blocks as soon as no step uses them; what is under way still counts."""
-        if seq.status is Status.STALLED:
+        if seq.status in (Status.STALLED, Status.LEASED):
             self._park(seq)
         elif seq.in_flight:
             seq.preempted = True
@@ -155,20 +155,45 @@ class Eviction:
         seq.num_stalls += 1
         self._roster.idle[seq] = None
         self._journal.progress(seq, ProgressKind.STALLED)
-        stalls = seq.num_stalls
-        grace_ends = self._now() + self._limits.park_grace
-        self.timers.at(grace_ends, seq.request.id, lambda: self._end_grace(seq, stalls))
+        self._begin_grace(seq)
+
+    def lease(self, seq: Sequence) -> None:
+        """It has ended, and left its place: what it knows the KV of is kept, as if it had stalled."""
+        # The front may have ended it before the last tokens that were computed.
+        self._manager.truncate(seq.table, len(seq.tokens))
+        seq.rewind()
+        seq.status = Status.LEASED
+        self._roster.lease(seq)
+        self._begin_grace(seq)
+
+    def end_leases(self, request_id: str) -> None:
+        for seq in list(self._roster.leases.get(request_id, {}).values()):
+            self._end_lease(seq)
+
+    def _end_lease(self, seq: Sequence) -> None:
+        self._manager.release(seq.table)
+        self._roster.end_lease(seq)
+        seq.status = Status.FINISHED
+
+    def _begin_grace(self, seq: Sequence) -> None:
+        # Without a host tier, parking would throw away what nobody needs the room of yet.
+        if self._manager.host.num_blocks:
+            stalls = seq.num_stalls
+            grace_ends = self._now() + self._limits.park_grace
+            self.timers.at(grace_ends, seq.request.id, lambda: self._end_grace(seq, stalls))
 
     def _end_grace(self, seq: Sequence, stalls: int) -> None:
-        if seq.status is Status.STALLED and seq.num_stalls == stalls and seq.table.resident:
+        waits = seq.status in (Status.STALLED, Status.LEASED) and seq.num_stalls == stalls
+        if waits and seq.table.resident:
             self._park(seq)
 
     def _park(self, seq: Sequence) -> None:
-        """Without credit for longer than the grace, or under pressure: its KV goes to the host tier."""
-        seq.status = Status.PARKED
+        """Idle for longer than the grace, or under pressure: its KV goes to the host tier."""
         self._manager.park(seq.table)
         self._manager.suspend(seq.table)
-        self._parking.append(seq)
+        if seq.status is Status.STALLED:
+            seq.status = Status.PARKED
+            self._parking.append(seq)
 
     def announce_parked(self) -> None:
         for seq in list(self._parking):
@@ -176,7 +201,8 @@ class Eviction:
                 self._parking.remove(seq)
             elif self._manager.is_written(seq.table):
                 self._parking.remove(seq)
-                self._journal.progress(seq, ProgressKind.PARKED)
+                if seq.started_at is not None:
+                    self._journal.progress(seq, ProgressKind.PARKED)
 
     # What was lost, and how to lose less
 
@@ -184,9 +210,14 @@ class Eviction:
         """Sequences whose KV was given up, in whole or in part, compute it again when they return."""
         for table in self._manager.take_truncated():
             seq = self._roster.by_table.get(table)
-            if seq is not None:
-                seq.rewind()
-                self._journal.stats.parked_dropped += 1
+            if seq is None:
+                continue
+            seq.rewind()
+            self._journal.stats.parked_dropped += 1
+            if seq.status is Status.LEASED:
+                if not table.blocks:
+                    self._end_lease(seq)
+            elif seq.started_at is not None:
                 self._journal.progress(seq, ProgressKind.DROPPED)
 
     def copy_ahead(self) -> None:

@@ -12,7 +12,10 @@ from tidegate.engine.request import FinishReason, Request, Violation
 
 
 class Submit(msgspec.Struct, tag="submit"):
-    """Run this request. Its id must be new to the engine."""
+    """Run this request. Its id must be new to the engine.
+
+    A parent counts as it is when this is taken in: what ends its lease comes behind it.
+    """
 
     request: Request
 
@@ -123,7 +126,7 @@ class Timings(msgspec.Struct, array_like=True):
 
 
 class Finished(msgspec.Struct, array_like=True):
-    """A choice ended and holds no block of its own any more. The last word about it.
+    """A choice ended, and holds no block of its own any more unless it is leased. The last word about it.
 
     ``error`` is an UPPER_SNAKE reason when ``reason`` is ``ERROR``.
     """

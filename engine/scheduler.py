@@ -117,7 +117,8 @@ class Scheduler:
                 seq.max_output = max(seq.max_output, min(most, command.max_tokens))
 
     def release(self, command: Release) -> None:
-        """Leases end. Nothing is leased yet: what a finished request computed stays as a known prefix."""
+        for request_id in command.request_ids:
+            self._eviction.end_leases(request_id)
 
     def request_ids(self) -> list[str]:
         """Requests that have not ended, in the order in which they came."""
@@ -353,8 +354,13 @@ class Scheduler:
                 self._eviction.stall(seq)
 
     def _release_siblings(self, seq: Sequence) -> None:
-        """The prompt is computed, or will not be here: the other choices go on from what there is."""
+        """The prompt is computed, or will not be here: the other choices go on from what there is.
+
+        Where much of it is missing one of them computes that, and the others stand behind it in turn.
+        """
         siblings, seq.siblings = seq.siblings, []
+        if siblings and seq.table.num_tokens < seq.num_prompt - 1:
+            siblings[0].siblings, siblings = siblings[1:], siblings[:1]
         for sibling in siblings:
             self._roster.set_table(sibling, self._manager.fork(seq.table, seq.num_prompt - 1))
             sibling.high_water = sibling.table.num_tokens
@@ -380,9 +386,12 @@ class Scheduler:
     def _finish(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """The one end of a sequence: its blocks go, its last word is queued, later results are dropped."""
         self._roster.leave(seq)
-        seq.status = Status.FINISHED
         seq.generation += 1
         self._release_siblings(seq)
-        self._manager.release(seq.table)
-        self._roster.remove(seq)
+        if seq.request.is_leased and error is None and seq.table.num_tokens:
+            self._eviction.lease(seq)
+        else:
+            seq.status = Status.FINISHED
+            self._manager.release(seq.table)
+            self._roster.remove(seq)
         self._journal.finished(seq, reason, error)

@@ -31,6 +31,8 @@ class Status(StrEnum):
     """Its blocks have left the device, or may; it waits in the ready queue."""
     PARKED = "parked"
     """The same, but without credit: it waits for its client."""
+    LEASED = "leased"
+    """Ended, and its KV is kept for whoever continues it."""
     FINISHED = "finished"
 
 
@@ -99,7 +101,7 @@ class Sequence:
 
     def candidate(self, step_id: int) -> Candidate:
         return Candidate(
-            stalled=self.status is Status.STALLED,
+            stalled=self.status in (Status.STALLED, Status.LEASED),
             priority=self.request.priority,
             immune=step_id < self.immune_until,
             arrival=self.arrival,

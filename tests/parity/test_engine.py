@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import VARIANTS, VOCAB_SIZE
-from drive import config_for, drive, preempting_every, requests_for
+from drive import assert_nothing_held, config_for, drive, preempting_every, requests_for
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tidegate.engine.build import build_engine
-from tidegate.engine.request import SamplingParams
+from tidegate.engine.messages import Release
+from tidegate.engine.request import Parent, Request, SamplingParams
 
 NEAR_TIE = 1e-4
 PROMPTS_EACH = 19
@@ -188,6 +189,49 @@ def _renamed(requests: list, kind: int) -> list:
     for request in requests:
         request.id = f"{kind}-{request.id}"
     return requests
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("variant", ["qwen2", "llama-head-40"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_conversation_is_that_of_transformers_on_the_whole_transcript(
+    variant: str, depth: int, checkpoint: Callable[[str], Path], tally: Tally
+) -> None:
+    """Each turn goes on from the KV of the one before, of which most had to leave the device meanwhile."""
+    path = checkpoint(variant)
+    model, rng = load_reference(path), random.Random(variant)
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    options = {**PRESSURE["swap"], "pipeline_depth": depth, "prefix_caching": False, "park_grace": 0.0}
+    core = build_engine(config_for(str(path), **options))
+    transcripts: list[list[int]] = [[] for _ in range(8)]
+    new = 0
+    for turn in range(4):
+        requests = []
+        for i, transcript in enumerate(transcripts):
+            told = [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(1, 9))]
+            # The last token of a turn has no KV when it ends.
+            new += len(told) + (turn > 0)
+            parent = Parent(f"{i}, turn {turn - 1}") if turn else None
+            name, prompt = f"{i}, turn {turn}", transcript + told
+            requests.append(
+                Request(
+                    id=name, prompt_token_ids=prompt, params=params, seed=0, parent=parent, is_leased=True
+                )
+            )
+        outcome = drive(core, requests)
+        core.handle(Release([f"{i}, turn {turn - 1}" for i in range(8)]))
+        for i, request in enumerate(requests):
+            ours, prompt = outcome.tokens[request.id, 0], request.prompt_token_ids
+            tally.compare(model, prompt, reference_tokens(model, prompt, 9), ours, f"{variant}, {request.id}")
+            transcripts[i] = prompt + ours
+    stats = core.stats()
+    core.handle(Release([request.id for request in requests]))
+    core.step()
+    assert_nothing_held(core)
+    core.close()
+    assert stats.swap_in_bytes > 0
+    assert stats.recomputed_tokens == 0
+    assert stats.prompt_tokens == new
 
 
 def test_choices_of_one_request_differ(checkpoint: Callable[[str], Path]) -> None:

@@ -2,13 +2,15 @@
 
 import os
 import random
+from collections import defaultdict
 from copy import copy
 
+import msgspec
 import pytest
 from world import Faults, World, expected_tokens
 
-from tidegate.engine.messages import Finish, Limit, ProgressKind, Stats, Submit
-from tidegate.engine.request import FinishReason, Request, SamplingParams
+from tidegate.engine.messages import Finish, Limit, ProgressKind, Release, Stats, Submit, Update
+from tidegate.engine.request import FinishReason, Parent, Request, SamplingParams
 
 MAX_STEPS = 20_000
 
@@ -27,6 +29,10 @@ class Load:
         self.errors: dict[tuple[str, int], str | None] = {}
         self.progress: list[ProgressKind] = []
         self.credit: dict[str, int] = {}
+        self.limits: dict[str, set[int]] = defaultdict(set)
+        """Lengths and stop tokens that updates set while a request ran."""
+        self.stops: dict[str, set[int]] = defaultdict(set)
+        self.continued = 0
         self.reported: Stats | None = None
 
     def _request(self, number: int) -> Request:
@@ -48,6 +54,30 @@ class Load:
             emit_upto=rng.choice((None, None, 0, 3)),
             deadline=self.world.clock() + rng.random() if rng.random() < self.chaos * 0.1 else None,
             tenant=rng.choice(("a", "b")),
+            is_leased=rng.random() < 0.5,
+        )
+
+    def _continued(self, request: Request) -> Request:
+        """The same request, as a turn behind some part of an earlier one, or as a branch of it.
+
+        The earlier one may be running, parked, ended, released, or have had nothing computed yet.
+        """
+        rng = self.rng
+        earlier = self.requests[rng.choice(list(self.requests))]
+        choice = rng.randrange(earlier.params.n)
+        told = self.tokens.get((earlier.id, choice), [])
+        transcript = earlier.prompt_token_ids + told
+        shared = rng.choice((len(transcript), rng.randint(1, len(transcript))))
+        room = self.world.max_model_len - (request.params.max_tokens or 0) - len(request.prompt_token_ids)
+        if shared > room:
+            return request
+        prompt = transcript[:shared] + request.prompt_token_ids[rng.randrange(2) :]
+        self.continued += 1
+        return msgspec.structs.replace(
+            request,
+            prompt_token_ids=prompt,
+            parent=Parent(earlier.id, choice),
+            tenant=earlier.tenant,
         )
 
     def run(self) -> None:
@@ -66,6 +96,8 @@ class Load:
     def _arrive(self) -> None:
         while self.pending and self.rng.random() < 0.3:
             request = self.pending.pop()
+            if self.requests and self.rng.random() < 0.4:
+                request = self._continued(request)
             self.requests[request.id] = request
             if request.emit_upto is not None:
                 self.credit[request.id] = request.emit_upto
@@ -78,16 +110,29 @@ class Load:
             if rng.random() < 0.03:
                 self.credit[name] += rng.randint(1, 8)
                 core.handle(Limit(name, self.credit[name]))
+        if self.requests and rng.random() < 0.02:
+            names = rng.sample(list(self.requests), rng.randint(1, min(3, len(self.requests))))
+            core.handle(Release([*names, "unknown"]))
         if self.requests and rng.random() < self.chaos * 0.2:
             name = rng.choice(list(self.requests))
-            match rng.randrange(4):
+            match rng.randrange(5):
                 case 0:
                     core.handle(Finish(name, FinishReason.CANCELLED))
                 case 1:
                     length = len(self.tokens.get((name, 0), ()))
                     core.handle(Finish(name, FinishReason.STOP_STRING, 0, rng.randint(0, length)))
+                case 2:
+                    self._update(self.requests[name])
                 case _:
                     core.scheduler.preempt(name)
+
+    def _update(self, request: Request) -> None:
+        """Let it become longer, and end at one token more."""
+        longest = self.world.max_model_len - len(request.prompt_token_ids)
+        self.limits[request.id].add(min(longest, (request.params.max_tokens or 0) + self.rng.randint(1, 8)))
+        self.stops[request.id].add(self.rng.randrange(1, 50))
+        stops = tuple(self.stops[request.id])
+        self.world.core.handle(Update(request.id, max(self.limits[request.id]), stops))
 
     def _take(self, out) -> None:
         assert not out.refused
@@ -111,19 +156,25 @@ class Load:
         for (name, choice), reason in self.finished.items():
             request = self.requests[name]
             told = self.tokens.get((name, choice), [])
-            wanted = expected_tokens(request, choice, request.params.max_tokens or 0)
+            limits = {request.params.max_tokens or 0, *self.limits[name]}
+            wanted = expected_tokens(request, choice, max(limits))
             assert told == wanted[: len(told)], f"{name}/{choice} told other tokens than its own"
-            if reason in (FinishReason.MAX_TOKENS, FinishReason.STOP_TOKEN):
-                assert told == wanted
+            if reason is FinishReason.MAX_TOKENS:
+                assert len(told) in limits
+            if reason is FinishReason.STOP_TOKEN:
+                assert told == wanted or told[-1] in self.stops[name]
         stats = self.world.core.stats()
         assert stats.device.free + stats.device.reclaimable == stats.device.total, "device blocks leaked"
         assert stats.host.free + stats.host.reclaimable == stats.host.total, "host blocks leaked"
         assert not self.world.core.has_work() or self.world.manager.copies_in_flight
 
 
-def settle(world: World) -> None:
+def settle(load: Load) -> None:
+    """Let all leases end, and whatever is under way."""
+    load.world.core.handle(Release(list(load.requests)))
     for _ in range(200):
-        world.core.step()
+        load.world.core.step()
+        load.world.core.check_integrity()
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -136,7 +187,7 @@ def test_requests_end_with_their_own_tokens_under_pressure(depth, preemption, pr
         world = World(seed, depth=depth, preemption=preemption, prefix_caching=prefix_caching)
         load = Load(world, 25, chaos=0.0)
         load.run()
-        settle(world)
+        settle(load)
         load.check()
         assert set(load.finished.values()) <= {FinishReason.MAX_TOKENS, FinishReason.STOP_TOKEN}
         preempted += world.core.stats().preemptions_swap + world.core.stats().preemptions_recompute
@@ -179,7 +230,7 @@ def test_chaos_breaks_no_request():
         load = Load(world, world.rng.choice((10, 40, 80)), chaos=world.rng.choice((0, 0.2, 0.8)))
         try:
             load.run()
-            settle(world)
+            settle(load)
             load.check()
         except Exception as error:
             error.add_note(f"seed {seed}")

@@ -4,66 +4,13 @@ import random
 
 import pytest
 import world as worlds
-from world import EOS, Faults, World, expected_tokens
+from scenes import POISON_TOKEN, admissions, ends, request, step, submit, tokens
+from world import Faults, World, expected_tokens
 
 from tidegate.engine.llm import LLM
-from tidegate.engine.messages import Delta, Finish, Finished, Limit, StepOutput, Submit
-from tidegate.engine.request import FinishReason, InvalidRequest, Request, SamplingParams
+from tidegate.engine.messages import Finish, Limit
+from tidegate.engine.request import FinishReason, InvalidRequest, SamplingParams
 from tidegate.engine.step import StepPlan, StepResult
-
-POISON_TOKEN = 49
-
-
-def request(
-    name: str,
-    num_prompt: int = 4,
-    max_tokens: int | None = 4,
-    *,
-    prompt: list[int] | None = None,
-    n: int = 1,
-    priority: int = 0,
-    emit_upto: int | None = None,
-    deadline: float | None = None,
-    given: list[int] | None = None,
-) -> Request:
-    rng = random.Random(name)
-    return Request(
-        id=name,
-        prompt_token_ids=prompt or [rng.randrange(EOS + 1, POISON_TOKEN) for _ in range(num_prompt)],
-        params=SamplingParams(n=n, max_tokens=max_tokens, ignore_eos=True),
-        seed=1,
-        priority=priority,
-        emit_upto=emit_upto,
-        deadline=deadline,
-        output_token_ids=given or [],
-    )
-
-
-def submit(world: World, *requests: Request) -> None:
-    for one in requests:
-        world.core.handle(Submit(one))
-
-
-def step(world: World, count: int) -> list[StepOutput]:
-    outputs = []
-    for _ in range(count):
-        world.clock.time += 0.001
-        outputs.append(world.core.step())
-        world.core.check_integrity()
-    return outputs
-
-
-def ends(outputs: list[StepOutput]) -> dict[str, Finished]:
-    return {end.request_id: end for out in outputs for end in out.finished}
-
-
-def tokens(outputs: list[StepOutput], name: str) -> list[int]:
-    deltas: list[Delta] = [delta for out in outputs for delta in out.deltas if delta.request_id == name]
-    return [token for delta in deltas for token in delta.token_ids]
-
-
-def admissions(outputs: list[StepOutput]) -> list[str]:
-    return [admitted.request_id for out in outputs for admitted in out.admitted]
 
 
 class BreakingRunner(worlds.FakeRunner):
