@@ -42,7 +42,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             started_at=self._started_at,
             draining=self._hub.is_draining,
             session_limits=self._limits.message(),
-            max_waiting=self._hub.max_waiting,
+            max_waiting=self._hub.admission.limits.max_waiting,
         )
 
     async def GetModelInfo(

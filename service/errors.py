@@ -36,6 +36,9 @@ CODES: Mapping[str, grpc.StatusCode] = {
     "ROLE_REQUIRED": grpc.StatusCode.PERMISSION_DENIED,
     "QUEUE_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "SESSION_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "TENANT_QUOTA": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "WAIT_TOO_LONG": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "MEMORY_PRESSURE": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "CLIENT_TOO_SLOW": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "TIME_LIMIT": grpc.StatusCode.DEADLINE_EXCEEDED,
     "OPEN_TIMEOUT": grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -59,15 +62,20 @@ class Failure(Exception):
         *,
         violations: Iterable[Violation] = (),
         retry_after: float | None = None,
+        quota: tuple[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """``retry_after`` in seconds: when it makes sense to try again; None where it does not."""
+        """``retry_after`` in seconds: when it makes sense to try again; None where it does not.
+
+        ``quota``: the subject whose quota is used up, and the quota in words.
+        """
         super().__init__(f"{reason}: {message}")
         self.reason = reason
         self.code = CODES.get(reason, grpc.StatusCode.INTERNAL)
         self.message = message
         self.violations = list(violations)
         self.retry_after = retry_after
+        self.quota = quota
         self.metadata = dict(metadata or {})
 
     @classmethod
@@ -92,6 +100,11 @@ class Failure(Exception):
             for violation in self.violations:
                 bad_request.field_violations.add(field=violation.field, description=violation.description)
             status.details.add().Pack(bad_request)
+        if self.quota is not None:
+            subject, description = self.quota
+            failure = error_details_pb2.QuotaFailure()
+            failure.violations.add(subject=subject, description=description)
+            status.details.add().Pack(failure)
         if self.retry_after is not None:
             delay = Duration()
             delay.FromMilliseconds(round(self.retry_after * 1000))

@@ -8,19 +8,17 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections import deque
 from collections.abc import Iterator
 
 from tidegate.engine.client import EngineClient, EngineGone
 from tidegate.engine.messages import Command, Stats, StepOutput, Submit
 from tidegate.engine.request import FinishReason, Request, SamplingParams
 from tidegate.engine.text import Text
+from tidegate.service.admission import Admission, Ticket
 from tidegate.service.errors import Failure, log_unexpected
 from tidegate.service.events import Outbox
 from tidegate.service.generation import Generation
 
-RETRY_SECONDS = (0.5, 30.0)
-"""The shortest and the longest time after which a refused client is told to come back."""
 RESTART_SECONDS = 5.0
 """After a drain or a lost engine: about the time in which another server, or this one again, is up."""
 
@@ -28,10 +26,10 @@ RESTART_SECONDS = 5.0
 class Hub:
     """Registers requests, passes them to the engine, and takes its output apart."""
 
-    def __init__(self, engine: EngineClient, text: Text, max_waiting: int) -> None:
+    def __init__(self, engine: EngineClient, text: Text, admission: Admission) -> None:
         self.info = engine.info
         self.stats = Stats()
-        self.max_waiting = max_waiting
+        self.admission = admission
         self.is_draining = False
         self.stopping = asyncio.Event()
         """Set when the server ends the streams that would go on for ever."""
@@ -41,8 +39,8 @@ class Hub:
         """All that are under way, by tenant and request id."""
         self._submitted: dict[str, Generation] = {}
         """Those that the engine knows, by its own ids. What it says of others comes too late."""
-        self._waiting: set[Generation] = set()
-        self._admission_times: deque[float] = deque(maxlen=64)
+        self._tickets: dict[Generation, Ticket] = {}
+        """Of all that are under way."""
         self._engine_ids = (f"r{number}" for number in itertools.count())
         self._is_gone = False
         self._idle = asyncio.Event()
@@ -61,7 +59,7 @@ class Hub:
     ) -> Generation:
         """Register a request whose content is still to come.
 
-        Raises ``Failure``: DRAINING, ENGINE_GONE, REQUEST_ID_IN_USE, QUEUE_FULL.
+        Raises ``Failure``: DRAINING, ENGINE_GONE, REQUEST_ID_IN_USE, and those of ``Admission.enter``.
         """
         if self._is_gone:
             raise _engine_gone()
@@ -70,8 +68,7 @@ class Hub:
         key = (tenant, request_id)
         if key in self._generations:
             raise Failure("REQUEST_ID_IN_USE", "a request with this id is under way")
-        if len(self._waiting) >= self.max_waiting:
-            raise Failure("QUEUE_FULL", "too many requests wait already", retry_after=self._retry_after())
+        ticket = self.admission.enter(tenant)
         generation = Generation(
             request_id,
             tenant,
@@ -84,7 +81,7 @@ class Hub:
             on_end=self._forget,
         )
         self._generations[key] = generation
-        self._waiting.add(generation)
+        self._tickets[generation] = ticket
         self._idle.clear()
         return generation
 
@@ -98,9 +95,22 @@ class Hub:
         sample_index: int,
         priority: int,
     ) -> None:
-        """Give a registered request its content and pass it to the engine, unless it has ended since."""
+        """Give a registered request its content and pass it to the engine, unless it has ended since.
+
+        Raises ``Failure``: those of ``Admission.weigh``.
+        """
         if generation.is_ended:
             return
+        num_tokens = len(prompt_token_ids) + len(output_token_ids)
+        most = self.info.max_model_len - len(prompt_token_ids)
+        max_tokens = most if params.max_tokens is None else min(params.max_tokens, most)
+        self.admission.weigh(
+            self._tickets[generation],
+            queue_tokens=num_tokens,
+            quota_tokens=len(prompt_token_ids) + params.n * max_tokens,
+            priority=priority,
+            time_left=None if generation.deadline is None else generation.deadline - time.monotonic(),
+        )
         engine_id = next(self._engine_ids)
         request = Request(
             id=engine_id,
@@ -113,7 +123,7 @@ class Hub:
             deadline=generation.deadline,
             output_token_ids=output_token_ids,
         )
-        generation.prepare(request, self._text, len(self._waiting) - 1, self.info.eos_token_ids)
+        generation.prepare(request, self._text, self.admission.waiting - 1, self.info.eos_token_ids)
         if generation.is_ended:
             return
         generation.engine_id = engine_id
@@ -152,8 +162,7 @@ class Hub:
                 generation.on_refused(refused)
         for admitted in output.admitted:
             if generation := self._submitted.get(admitted.request_id):
-                self._waiting.discard(generation)
-                self._admission_times.append(time.monotonic())
+                self.admission.admit(self._tickets[generation])
                 generation.on_admitted(admitted)
         reasons = {
             (finished.request_id, finished.choice): finished.reason
@@ -192,20 +201,11 @@ class Hub:
 
     def _forget(self, generation: Generation) -> None:
         del self._generations[generation.tenant, generation.request_id]
-        self._waiting.discard(generation)
+        self.admission.end(self._tickets.pop(generation))
         if generation.engine_id is not None:
             del self._submitted[generation.engine_id]
         if not self._generations:
             self._idle.set()
-
-    def _retry_after(self) -> float:
-        """Seconds in which a tenth of the queue will have gone, at the pace of the last admissions."""
-        shortest, longest = RETRY_SECONDS
-        if len(self._admission_times) < 2:
-            return shortest
-        seconds = time.monotonic() - self._admission_times[0]
-        pace = len(self._admission_times) / max(seconds, 1e-3)
-        return min(max(len(self._waiting) / 10 / pace, shortest), longest)
 
 
 def draining() -> Failure:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -24,6 +24,7 @@ from tidegate.engine.messages import EngineInfo
 from tidegate.engine.process import ProcessClient
 from tidegate.engine.text import Text
 from tidegate.service.addresses import check_address, every_interface, listen
+from tidegate.service.admission import Admission, AdmissionLimits
 from tidegate.service.control import ControlService
 from tidegate.service.errors import log_unexpected
 from tidegate.service.guard import Guard
@@ -79,6 +80,10 @@ class ServerConfig:
     insecure: bool = False
     health_port: str | None = None
     """``PORT`` or ``HOST:PORT``, by default of every interface: ``grpc.health.v1`` alone, in plaintext."""
+    max_waiting_tokens: int | None = None
+    """These three are as in ``AdmissionLimits``."""
+    tenant_requests: int | None = None
+    tenant_tokens: int | None = None
     reflection: bool = False
     drain_grace: float = 30.0
     """Seconds that requests under way may take to finish after SIGTERM or SIGINT."""
@@ -92,8 +97,18 @@ class ServerConfig:
             check_address(address, self.insecure or self.security.is_safe_for_strangers)
         if self.health_port is not None:
             check_address(every_interface(self.health_port), may_be_reached=True)
+        self.admission_limits()
         if not 0 <= self.drain_grace <= MAX_DRAIN_GRACE:
             raise ConfigError(f"drain_grace must be between 0 and {MAX_DRAIN_GRACE}; got {self.drain_grace}")
+
+    def admission_limits(self) -> AdmissionLimits:
+        """Raises ``ConfigError``."""
+        return AdmissionLimits(
+            max_waiting=self.engine.max_waiting,
+            max_waiting_tokens=self.max_waiting_tokens,
+            tenant_requests=self.tenant_requests,
+            tenant_tokens=self.tenant_tokens,
+        )
 
 
 class Server:
@@ -158,7 +173,8 @@ async def start_server(
     text: Text,
     *,
     addresses: Sequence[str],
-    max_waiting: int,
+    admission: AdmissionLimits | None = None,
+    memory: Callable[[], float] | None = None,
     security: Security | None = None,
     health_addresses: Sequence[str] = (),
     reflection_on: bool = False,
@@ -166,12 +182,12 @@ async def start_server(
 ) -> Server:
     """Serve an engine that is ready. Raises ``ConfigError`` where an address cannot be opened.
 
-    Engine and text stay the caller's to close.
+    ``memory`` is as in ``Admission``. Engine and text stay the caller's to close.
     """
     limits = limits or SessionLimits(MAX_MESSAGE_BYTES)
     security = security or Security()
     fingerprint = _fingerprint(engine.info)
-    hub = Hub(engine, text, max_waiting)
+    hub = Hub(engine, text, Admission(admission or AdmissionLimits(), memory))
     intake = Intake(hub, text)
     sessions = Sessions(hub, intake, limits, fingerprint)
     services = [
@@ -259,7 +275,7 @@ async def _serve(
             engine,
             text,
             addresses=config.addresses,
-            max_waiting=config.engine.max_waiting,
+            admission=config.admission_limits(),
             security=security,
             health_addresses=[] if config.health_port is None else [every_interface(config.health_port)],
             reflection_on=config.reflection,

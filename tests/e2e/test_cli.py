@@ -43,11 +43,14 @@ SERVE_FLAGS = [
     "--max-num-seqs",
     "--max-step-tokens",
     "--max-waiting",
+    "--max-waiting-tokens",
     "--no-prefix-caching",
     "--park-grace",
     "--pipeline-depth",
     "--preemption",
     "--reflection",
+    "--tenant-requests",
+    "--tenant-tokens",
     "--tls-cert",
     "--tls-client-ca",
     "--tls-key",
@@ -123,7 +126,8 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
         "--device cpu --dtype float32 --max-model-len 100 --block-size 16 --device-kv-tokens 200 "
         "--host-kv-tokens 0 --preemption swap --no-prefix-caching --max-num-seqs 3 --max-step-tokens 64 "
         "--max-waiting 5 --park-grace 0.25 --pipeline-depth 1 --tls-cert c --tls-key k --tls-client-ca a "
-        "--auth-tokens t --jwt-keys j --jwt-issuer i --jwt-audience u --health-port 9"
+        "--auth-tokens t --jwt-keys j --jwt-issuer i --jwt-audience u --health-port 9 "
+        "--max-waiting-tokens 7 --tenant-requests 8 --tenant-tokens 6"
     ).split()
     assert {word for word in given if word.startswith("--")} == set(SERVE_FLAGS)
     assert cli.main(["serve", "m", *given]) == 0
@@ -158,6 +162,9 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
             addresses=("unix:/tmp/a", "0.0.0.0:1"),
             insecure=True,
             health_port="9",
+            max_waiting_tokens=7,
+            tenant_requests=8,
+            tenant_tokens=6,
             reflection=True,
             drain_grace=3.0,
             log_format="json",
@@ -172,6 +179,7 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
         (["serve", "demo", "--listen", "0.0.0.0:1"], "--insecure"),
         (["serve", "demo", "--tls-cert", "c.pem"], "--tls-cert needs tls_key"),
         (["serve", "demo", "--health-port", "here"], "HOST:PORT"),
+        (["serve", "demo", "--tenant-tokens", "0"], "--tenant-tokens must be at least 1"),
         (["generate", "x", "--model", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["generate", "x", "--server", "unix:/no/socket"], "start one with: tidegate serve demo"),
     ],

@@ -14,6 +14,7 @@ from front import Front, read_error, refusal_of, until
 from google.protobuf.duration_pb2 import Duration
 
 from tidegate.engine.messages import Finish, Limit, Submit
+from tidegate.service.admission import AdmissionLimits
 from tidegate.service.call import UNREAD_TOKENS
 from tidegate.service.errors import CODES
 from tidegate.service.intake import MAX_PROMPT_CHARS
@@ -290,7 +291,7 @@ async def test_a_request_id_is_in_use_until_its_request_ends(front: Front) -> No
 
 
 async def test_a_full_queue_refuses_without_headers_and_says_when_to_come_back(start_front: Start) -> None:
-    front = await start_front(max_waiting=3)
+    front = await start_front(admission=AdmissionLimits(max_waiting=3))
     front.engine.admits = False
     waiting = [front.inference.GenerateUnary(unary(sampling=tokens(1))) for _ in range(3)]
     await until(lambda: len(front.engine.waiting) == 3)
@@ -307,7 +308,9 @@ async def test_a_full_queue_refuses_without_headers_and_says_when_to_come_back(s
 
 
 async def test_what_runs_takes_no_place_in_the_queue(start_front: Start) -> None:
-    front = await start_front(max_waiting=1, script=lambda prompt, offset, choice: "x")
+    front = await start_front(
+        admission=AdmissionLimits(max_waiting=1), script=lambda prompt, offset, choice: "x"
+    )
     front.engine.preempted = {0}
     calls = []
     for number in range(1, 4):

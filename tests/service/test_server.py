@@ -137,9 +137,9 @@ async def test_reflection_is_off_unless_asked_for(start_front: Start) -> None:
     async def services(front: Front) -> set[str]:
         stub = reflection_pb2_grpc.ServerReflectionStub(front.channel)
         call = stub.ServerReflectionInfo()
-        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
-        await call.done_writing()
         try:
+            await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+            await call.done_writing()
             response = await call.read()
         except grpc.aio.AioRpcError as error:
             return {error.code().name}
@@ -218,7 +218,7 @@ async def test_when_the_engine_is_gone_every_request_is_told(front: Front) -> No
 async def test_control_tells_of_server_model_and_load(front: Front) -> None:
     info = await front.control.GetServerInfo(control_pb2.GetServerInfoRequest())
     assert info.version
-    assert info.max_waiting == 1000
+    assert info.max_waiting == 20_000
     assert info.session_limits.default_credit == 256
     model = await front.control.GetModelInfo(control_pb2.GetModelInfoRequest())
     assert (model.model, model.vocab_size) == ("fake", front.engine.info.vocab_size)
@@ -270,11 +270,11 @@ async def test_a_file_in_the_way_of_a_socket_is_not_removed(tmp_path: Path) -> N
 async def test_tcp_tells_the_port_and_does_not_share_it() -> None:
     text = byte_text()
     engine = FakeEngine(text)
-    first = await start_server(engine, text, addresses=["127.0.0.1:0"], max_waiting=1)
+    first = await start_server(engine, text, addresses=["127.0.0.1:0"])
     (address,) = first.addresses
     assert int(address.rpartition(":")[2]) > 0
     with pytest.raises(ConfigError, match="in use"):
-        await start_server(engine, text, addresses=[address], max_waiting=1)
+        await start_server(engine, text, addresses=[address])
     await first.stop()
     await engine.close()
     text.close()

@@ -13,6 +13,7 @@ from fake_engine import FakeEngine, byte_text
 from google.rpc import error_details_pb2, status_pb2
 
 from tidegate.engine.text import Text
+from tidegate.service.admission import AdmissionLimits
 from tidegate.service.server import Server, start_server
 from tidegate.service.session import SessionLimits
 from tidegate.v1 import control_pb2_grpc, inference_pb2_grpc, session_pb2
@@ -39,7 +40,8 @@ async def running_front(
     *,
     step_seconds: float = 0.0,
     script: Callable[[list[int], int, int], str] | None = None,
-    max_waiting: int = 1000,
+    admission: AdmissionLimits | None = None,
+    memory: Callable[[], float] = lambda: 0.0,
     limits: SessionLimits | None = None,
     **options: Any,
 ) -> AsyncGenerator[Front]:
@@ -49,7 +51,8 @@ async def running_front(
     server = await start_server(
         engine,
         text,
-        max_waiting=max_waiting,
+        admission=admission,
+        memory=memory,
         limits=limits,
         **{"addresses": [f"unix:{path / 'tidegate.sock'}"], **options},
     )
@@ -131,6 +134,7 @@ class Refusal:
     reason: str
     message: str
     violations: dict[str, str]
+    quota: dict[str, str]
     retry_seconds: float | None
     trailers: dict[str, Any]
 
@@ -140,23 +144,22 @@ def read_status(status: status_pb2.Status) -> Refusal:
     names = [detail.TypeName() for detail in status.details]
     assert names.count("google.rpc.ErrorInfo") == 1
     assert len(set(names)) == len(names)
-    info, bad, retry = (
-        error_details_pb2.ErrorInfo(),
-        error_details_pb2.BadRequest(),
-        error_details_pb2.RetryInfo(),
-    )
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    bad, quota = error_details_pb2.BadRequest(), error_details_pb2.QuotaFailure()
     retry_seconds = None
     for detail in status.details:
         if detail.Unpack(retry):
             retry_seconds = retry.retry_delay.ToTimedelta().total_seconds()
-        elif not detail.Unpack(info):
-            detail.Unpack(bad)
+        assert any(detail.Is(kind.DESCRIPTOR) for kind in (info, retry, bad, quota))
+        for kind in (info, bad, quota):
+            detail.Unpack(kind)
     assert info.domain == "tidegate"
     return Refusal(
         next(code for code in grpc.StatusCode if code.value[0] == status.code),
         info.reason,
         status.message,
         {violation.field: violation.description for violation in bad.field_violations},
+        {violation.subject: violation.description for violation in quota.violations},
         retry_seconds,
         {},
     )
