@@ -40,7 +40,8 @@ class Admission:
     def violations(self, request: Request) -> list[Violation]:
         """Why the request can never run; empty where it can."""
         found = []
-        prompt, given = len(request.prompt_token_ids), len(request.output_token_ids)
+        prompt = len(request.prompt_token_ids)
+        given = max(map(len, request.running_choices().values()))
         params, longest = request.params, self._max_model_len
         output = params.max_tokens or given + 1
         if request.id in self._roster:
@@ -57,13 +58,16 @@ class Admission:
             )
         if params.max_tokens is not None and given >= params.max_tokens:
             found.append(Violation("output_token_ids", "leave nothing to generate: raise max_tokens"))
-        if given and params.n != 1:
+        if request.output_token_ids and params.n != 1:
             found.append(Violation("n", "must be 1 when generation goes on behind given output tokens"))
         return found
 
     def submit(self, request: Request) -> None:
         """Take in a request without violations."""
-        choices = [self._new_sequence(request, i) for i in range(request.params.n)]
+        given = request.running_choices().items()
+        choices = [self._new_sequence(request, choice, output) for choice, output in given]
+        # The others stand behind the first one: it must be one that has credit as soon as any of them.
+        choices.sort(key=lambda seq: seq.num_output)
         self._roster.add(choices)
         self._start_behind_parent(choices[0])
         self._eviction.place(choices[0])
@@ -83,7 +87,7 @@ class Admission:
             self._roster.set_table(seq, self._manager.fork(parent.table, shared))
             seq.high_water = seq.table.num_tokens
 
-    def _new_sequence(self, request: Request, choice: int) -> Sequence:
+    def _new_sequence(self, request: Request, choice: int, output: list[int]) -> Sequence:
         params = request.params
         most = self._max_model_len - len(request.prompt_token_ids)
         seq = Sequence(
@@ -92,7 +96,7 @@ class Admission:
             arrival=next(self._arrivals),
             arrived_at=self._now(),
             table=self._manager.new_table(request.tenant),
-            tokens=[*request.prompt_token_ids, *request.output_token_ids],
+            tokens=[*request.prompt_token_ids, *output],
             stop_ids=self.stop_ids(request, params.stop_token_ids),
             max_output=most if params.max_tokens is None else min(most, params.max_tokens),
         )

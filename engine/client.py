@@ -3,9 +3,10 @@
 import asyncio
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
+from tidegate.engine.flight import Place
 from tidegate.engine.loop import Core, run
 from tidegate.engine.messages import Command, EngineInfo, StepOutput
 
@@ -13,11 +14,13 @@ T = TypeVar("T")
 
 
 class EngineGone(ConnectionError):
-    """The engine process ended. ``exit_code`` is its status, negative for a signal."""
+    """The engine ended. ``exit_code`` is its process's status, negative for a signal."""
 
-    def __init__(self, message: str, exit_code: int | None = None) -> None:
+    def __init__(self, message: str, exit_code: int | None = None, executing: Sequence[Place] = ()) -> None:
+        """``executing``: what the steps under way computed."""
         super().__init__(message)
         self.exit_code = exit_code
+        self.executing = list(executing)
 
 
 class EngineClient(Protocol):
@@ -65,7 +68,7 @@ class InProcessClient:
         try:
             run(core, self._commands, self._say)
         except Exception as error:  # noqa: BLE001  whatever it was, the front outlives it and is told
-            gone = EngineGone(f"the engine failed: {error!r}")
+            gone = EngineGone(f"the engine failed: {error!r}", executing=core.recorder.executing())
             gone.__cause__ = error
         finally:
             core.close()
@@ -112,7 +115,7 @@ class _CommandQueue:
         """None ends the engine."""
         self._queue.put(commands)
 
-    def take(self, timeout: float | None) -> list[Command] | None:
+    def take(self, timeout: float) -> list[Command] | None:
         taken: list[Command] = []
         try:
             batch = self._queue.get(block=timeout != 0, timeout=timeout)

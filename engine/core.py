@@ -7,6 +7,7 @@ planned while the one before it still computes, so a plan never knows the tokens
 import time
 from collections import deque
 
+from tidegate.engine.flight import FlightRecorder
 from tidegate.engine.memory.copies import Transfer
 from tidegate.engine.messages import (
     Command,
@@ -35,6 +36,7 @@ class EngineCore:
         self, info: EngineInfo, scheduler: Scheduler, runner: Runner, transfer: Transfer, depth: int
     ) -> None:
         self.info = info
+        self.recorder = FlightRecorder()
         self.scheduler = scheduler
         self._runner = runner
         self._transfer = transfer
@@ -62,6 +64,7 @@ class EngineCore:
         """One beat: what it returns may be empty."""
         planned = self.scheduler.plan()
         if planned is not None:
+            self.recorder.launched(planned.plan.step_id, planned.places)
             self._in_flight.append((planned, self._runner.launch(planned.plan)))
         if len(self._in_flight) >= self._depth or (planned is None and self._in_flight):
             self._collect()
@@ -80,6 +83,7 @@ class EngineCore:
         else:
             self._in_flight.popleft()
             self.scheduler.apply(planned, result)
+        self.recorder.landed(planned.plan.step_id)
 
     def _wait_or_shed(self) -> None:
         if self.scheduler.is_copying:

@@ -4,16 +4,19 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from tidegate.engine.flight import FlightRecorder
 from tidegate.engine.messages import Command, EngineInfo, StepOutput
 
-MAX_PATIENCE = 3600.0
-"""Seconds of one wait: a deadline may lie further away than a poll can wait, which is 24 days."""
+BEAT_SECONDS = 1.0
+"""The longest wait: also an engine that has nothing to do shows that it is alive."""
 
 
 class Core(Protocol):
     """What the loop needs of an engine; only one thread calls it."""
 
     info: EngineInfo
+    recorder: FlightRecorder
+    """Told what runs, for whoever reads it; a process of its own puts shared memory here."""
 
     def handle(self, command: Command) -> None:
         """Note a command; it takes effect in the next step."""
@@ -34,8 +37,8 @@ class Core(Protocol):
 class Commands(Protocol):
     """Where the loop's commands come from."""
 
-    def take(self, timeout: float | None) -> list[Command] | None:
-        """All commands that wait, in order; waits up to ``timeout`` seconds (None: for ever) for the first.
+    def take(self, timeout: float) -> list[Command] | None:
+        """All commands that wait, in order; waits up to ``timeout`` seconds for the first.
 
         None: the engine is to end.
         """
@@ -44,6 +47,7 @@ class Commands(Protocol):
 def run(core: Core, commands: Commands, say: Callable[[StepOutput], None]) -> None:
     """Step until ``commands`` ends. Everything that came since the last step goes into the next one."""
     while (batch := commands.take(_patience(core))) is not None:
+        core.recorder.beat()
         for command in batch:
             core.handle(command)
         output = core.step()
@@ -51,8 +55,8 @@ def run(core: Core, commands: Commands, say: Callable[[StepOutput], None]) -> No
             say(output)
 
 
-def _patience(core: Core) -> float | None:
+def _patience(core: Core) -> float:
     if core.has_work():
         return 0
     deadline = core.next_deadline()
-    return None if deadline is None else min(max(0, deadline - time.monotonic()), MAX_PATIENCE)
+    return BEAT_SECONDS if deadline is None else min(max(0, deadline - time.monotonic()), BEAT_SECONDS)

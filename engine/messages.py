@@ -101,6 +101,8 @@ class ProgressKind(StrEnum):
     RESUMED = "resumed"
     DROPPED = "dropped"
     """Its KV was given up for room: it will be computed again on return."""
+    RECOVERED = "recovered"
+    """The engine died and another one goes on: the front's word, since no engine can say it."""
 
 
 class Progress(msgspec.Struct, array_like=True):

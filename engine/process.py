@@ -3,6 +3,9 @@
 Both ends of the wire are here. A ZeroMQ PAIR over a Unix socket carries MessagePack: to the engine
 lists of commands, to the front first ``Ready`` or ``StartFailed``, then one ``StepOutput`` a step.
 
+Beside the wire, the two share the memory of a ``FlightRecorder``: the engine's heartbeat, and what it
+computed when it died.
+
 The child is ``python -P -m tidegate.engine.process``, not a ``multiprocessing`` spawn: that one runs
 the front's main module once more in the child, with all that it imports, and hands arguments over by
 pickle. ``-P`` keeps the working directory off ``sys.path``.
@@ -28,6 +31,7 @@ import zmq
 
 from tidegate.engine.client import EndingQueue, EngineGone
 from tidegate.engine.config import ConfigError, EngineConfig
+from tidegate.engine.flight import FlightRecorder, new_memory
 from tidegate.engine.logging import LogFormat, configure_logging, process_age
 from tidegate.engine.loop import Core, run
 from tidegate.engine.messages import Command, EngineInfo, StepOutput
@@ -35,6 +39,8 @@ from tidegate.engine.messages import Command, EngineInfo, StepOutput
 ENGINE_FACTORY = "tidegate.engine.build:build_engine"
 CLOSE_SECONDS = 10.0
 """How long the child may take for an orderly end before it is killed."""
+LOOKS = 10
+"""At the heartbeat, within the time in which there must be one."""
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -71,14 +77,18 @@ _decode_output = msgspec.msgpack.Decoder(StepOutput).decode
 class ProcessClient:
     """An engine in a child process; the front's end of the wire.
 
-    The child's end is noticed at once, through its pidfd. What it said last may be lost with it.
+    The child's end is noticed at once, through its pidfd. What it said last may be lost with it. A child
+    that makes no progress, frozen or stuck, is killed.
     """
 
     info: EngineInfo
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, hang_timeout: float) -> None:
         """Private: use ``start``."""
         self._loop = asyncio.get_running_loop()
+        self._hang_timeout = hang_timeout
+        self._hangs = False
+        self._watching: asyncio.TimerHandle | None = None
         self._outgoing: list[Command] = []
         self._frames: EndingQueue[bytes] = EndingQueue()
         self._exited = asyncio.Event()
@@ -88,15 +98,20 @@ class ProcessClient:
         address = f"ipc://{self._folder}/engine"
         self._socket = _open_socket(self._context)
         self._socket.bind(address)
+        memory = new_memory()
+        self._recorder = FlightRecorder(memory)
+        numbers = (str(os.getpid()), str(memory))
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, address, str(os.getpid()), msgspec.json.encode(start)],
+            [sys.executable, "-P", "-m", __name__, address, *numbers, msgspec.json.encode(start)],
             stdin=subprocess.DEVNULL,
+            pass_fds=(memory,),
             # Threads that wait for one another spin briefly, then sleep: the front and the application
             # beside it share these cores, and a spinning thread holds up the one that it waits for.
             env={"GOMP_SPINCOUNT": "20000", **os.environ},
             # Signals to the front's group, from a terminal or a supervisor, are the front's to answer.
             process_group=0,
         )
+        os.close(memory)
         self._pidfd = os.pidfd_open(self._process.pid)
         self._loop.add_reader(self._pidfd, self._on_exit)
         self._loop.add_reader(self._socket.FD, self._read)
@@ -107,9 +122,13 @@ class ProcessClient:
         config: EngineConfig,
         progress: bool = False,
         log_format: LogFormat = "console",
+        hang_timeout: float = 60.0,
         factory: str = ENGINE_FACTORY,
     ) -> "ProcessClient":
         """Spawn the engine and wait until it is ready. Only from the main thread.
+
+        ``hang_timeout``: seconds without progress, of an engine that was ready, after which it is killed;
+        more than its longest step takes.
 
         Raises ``ConfigError`` where the configuration cannot work, ``EngineGone`` where the process
         ends before it is ready.
@@ -117,7 +136,7 @@ class ProcessClient:
         if threading.current_thread() is not threading.main_thread():
             # The parent-death signal would fire at the end of the thread that spawned the child.
             raise RuntimeError("an engine process must be started from the main thread")
-        client = cls(Start(config, factory, progress, log_format))
+        client = cls(Start(config, factory, progress, log_format), hang_timeout)
         try:
             started = _decode_started(await client._frames.get())
             if isinstance(started, StartFailed):
@@ -128,6 +147,7 @@ class ProcessClient:
         client.info = started.info
         # Both ends are connected: with the path gone, nothing is left behind if this process is killed.
         shutil.rmtree(client._folder)
+        client._watch(client._recorder.beats, 0)
         return client
 
     def send(self, commands: Iterable[Command]) -> None:
@@ -151,6 +171,7 @@ class ProcessClient:
         if not self._socket.closed:
             self._loop.remove_reader(self._socket.FD)
             self._context.destroy(linger=0)
+            self._recorder.close()
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _flush(self) -> None:
@@ -172,21 +193,41 @@ class ProcessClient:
         except zmq.Again:
             return
 
+    def _watch(self, beats: int, looks: int) -> None:
+        """``looks`` at the heartbeat found it at ``beats``.
+
+        Looks are counted, not seconds: of those in which this process itself was frozen, with the engine
+        or without it, nothing is known.
+        """
+        now = self._recorder.beats
+        if now != beats:
+            looks = 0
+        elif looks >= LOOKS:
+            self._hangs = True
+            self._process.kill()
+            return
+        self._watching = self._loop.call_later(self._hang_timeout / LOOKS, self._watch, now, looks + 1)
+
     def _on_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
+        if self._watching is not None:
+            self._watching.cancel()
         code = self._process.wait()
         self._read()
-        self._frames.end(EngineGone(f"the engine process ended with {_describe_exit(code)}", code))
+        reason = f"the engine process ended with {_describe_exit(code)}"
+        if self._hangs:
+            reason = f"the engine process made no progress for {self._hang_timeout:g} s and was killed"
+        self._frames.end(EngineGone(reason, code, self._recorder.executing()))
         self._exited.set()
 
 
 def main() -> None:
     """The child: build the engine, say so, then step until SIGTERM."""
-    address, parent_pid = sys.argv[1], int(sys.argv[2])
+    address, parent_pid, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     _die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    start = msgspec.json.decode(sys.argv[3], type=Start)
+    start = msgspec.json.decode(sys.argv[4], type=Start)
     configure_logging(start.log_format)
     with zmq.Context() as context, _open_socket(context) as front:
         front.connect(address)
@@ -194,6 +235,7 @@ def main() -> None:
             build = _load_factory(start.factory)
             imports = process_age()
             core = build(start.config, start.progress)
+            core.recorder = FlightRecorder(memory)
         except ConfigError as error:
             front.send(_encode(StartFailed(str(error))))
             signal.pause()  # the front ends us once it has read why
@@ -228,8 +270,8 @@ class _CommandSocket:
         self._poller.register(front, zmq.POLLIN)
         self._poller.register(self._wakeup, zmq.POLLIN)
 
-    def take(self, timeout: float | None) -> list[Command] | None:
-        ready = dict(self._poller.poll(None if timeout is None else math.ceil(timeout * 1000)))
+    def take(self, timeout: float) -> list[Command] | None:
+        ready = dict(self._poller.poll(math.ceil(timeout * 1000)))
         if self._wakeup.fileno() in ready:
             return None
         taken: list[Command] = []

@@ -134,9 +134,8 @@ class Parent(msgspec.Struct, frozen=True, array_like=True):
 class Request(msgspec.Struct, kw_only=True):
     """One admitted request, as the engine sees it: token ids only, every choice resolved.
 
-    ``output_token_ids`` are tokens that were generated before (by an engine that died, or by another
-    replica): generation goes on behind them as if they had been sampled here. With them, ``params.n``
-    is 1.
+    ``output_token_ids`` are tokens that another replica generated before: generation goes on behind them
+    as if they had been sampled here. With them, ``params.n`` is 1.
     """
 
     id: str
@@ -154,11 +153,20 @@ class Request(msgspec.Struct, kw_only=True):
     deadline: float | None = None
     """On the machine's monotonic clock, in seconds."""
     output_token_ids: list[int] = []
+    choices: dict[int, list[int]] | None = None
+    """Of a request that an engine before this one did not end: the choices that still run, each with its
+    output so far, ``output_token_ids`` included. None: all choices are new."""
     parent: Parent | None = None
     """Whose KV holds a prefix of this prompt, down to the last position in common. Only a hint: the prompt
     stands here in full, and where the parent's KV is gone it is computed like any other."""
     is_leased: bool = False
     """Keep its KV behind its end, as long as there is room, until the front says ``Release``."""
+
+    def running_choices(self) -> dict[int, list[int]]:
+        """The choices to run, each with the output behind which it goes on."""
+        if self.choices is not None:
+            return self.choices
+        return dict.fromkeys(range(self.params.n), self.output_token_ids)
 
 
 def _within(value: float, low: float, high: float) -> bool:

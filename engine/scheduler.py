@@ -17,6 +17,7 @@ import structlog
 from tidegate.engine import policy
 from tidegate.engine.admission import Admission
 from tidegate.engine.eviction import Eviction
+from tidegate.engine.flight import Place
 from tidegate.engine.journal import Journal
 from tidegate.engine.limits import Limits
 from tidegate.engine.memory.tiers import BlockManager
@@ -52,6 +53,14 @@ class ScheduledStep:
 
     plan: StepPlan
     members: list[tuple[Sequence, int]]
+
+    @property
+    def places(self) -> list[Place]:
+        """What it computes, in terms of requests."""
+        return [
+            Place(seq.request.id, chunk.start, chunk.start + chunk.count)
+            for chunk, (seq, _) in zip(self.plan.chunks, self.members, strict=True)
+        ]
 
 
 class Scheduler:

@@ -133,6 +133,13 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("health_port", "answer health probes alone there, in plaintext", metavar="[HOST:]PORT")
     add("reflection", "answer gRPC reflection", action="store_true")
+    add(
+        "max_restarts",
+        "of the engine process in five minutes; 0: its end is the server's",
+        type=int,
+        metavar="N",
+    )
+    add("hang_timeout", "seconds without progress after which the engine is killed", type=float, metavar="S")
     add("drain_grace", "seconds that requests may take to finish after SIGTERM", type=float, metavar="S")
     add("log_format", "for a person or for a machine", choices=("console", "json"))
     add("device", "where the model runs", choices=DEVICES)

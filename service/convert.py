@@ -27,6 +27,7 @@ PROGRESS_KINDS = {
     ProgressKind.PARKED: events_pb2.PROGRESS_KIND_PARKED,
     ProgressKind.RESUMED: events_pb2.PROGRESS_KIND_RESUMED,
     ProgressKind.DROPPED: events_pb2.PROGRESS_KIND_DROPPED,
+    ProgressKind.RECOVERED: events_pb2.PROGRESS_KIND_RECOVERED,
 }
 
 

@@ -43,7 +43,7 @@ CODES: Mapping[str, grpc.StatusCode] = {
     "TIME_LIMIT": grpc.StatusCode.DEADLINE_EXCEEDED,
     "OPEN_TIMEOUT": grpc.StatusCode.DEADLINE_EXCEEDED,
     "DRAINING": grpc.StatusCode.UNAVAILABLE,
-    "ENGINE_GONE": grpc.StatusCode.UNAVAILABLE,
+    "ENGINE_RESTARTING": grpc.StatusCode.UNAVAILABLE,
     "NOT_YET_SUPPORTED": grpc.StatusCode.UNIMPLEMENTED,
     "INTERNAL": grpc.StatusCode.INTERNAL,
 }

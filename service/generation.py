@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from tidegate.engine import messages
-from tidegate.engine.messages import Command, Finish, Limit
+from tidegate.engine.messages import Command, Finish, Limit, ProgressKind
 from tidegate.engine.request import FinishReason, Request
 from tidegate.engine.text import Text, TextStream
 from tidegate.service.errors import Failure
@@ -155,6 +157,36 @@ class Generation:
             self._finish_in_engine(FinishReason.CANCELLED)
             self._outbox.put(Failed(self.request_id, failure))
 
+    # When the engine dies and another one comes.
+
+    def on_engine_death(self) -> None:
+        """Nobody will confirm any more what was decided."""
+        for choice in self._choices:
+            choice.is_confirmed = choice.end is not None
+        if self._choices:
+            self.finish_if_confirmed()
+
+    @property
+    def has_credit(self) -> bool:
+        """Whether every choice that runs may generate."""
+        allowed = self._allowed()
+        return allowed is None or all(c.offset < allowed for c in self._choices if c.end is None)
+
+    def continuation(self) -> Request:
+        """What another engine is told of a request that was submitted, to go on behind what there is."""
+        if self._request is None:
+            raise RuntimeError("the content of the request is not known yet")
+        self._limit = self._allowed()
+        running = {choice.index: list(choice.token_ids) for choice in self._choices if choice.end is None}
+        return msgspec.structs.replace(self._request, emit_upto=self._limit, choices=running)
+
+    def on_recovered(self) -> None:
+        """Another engine goes on with it."""
+        if self.is_admitted:
+            for choice in self._choices:
+                if choice.end is None:
+                    self._outbox.put(Progress(self.request_id, choice.index, ProgressKind.RECOVERED))
+
     # From the engine.
 
     def on_gone(self, failure: Failure) -> None:
@@ -169,7 +201,7 @@ class Generation:
             self._outbox.put(Failed(self.request_id, Failure.invalid(refused.violations)))
 
     def on_admitted(self, admitted: messages.Admitted) -> None:
-        if self._request is None:
+        if self._request is None or self.is_admitted:
             return
         self.is_admitted = True
         self._admitted_at = time.monotonic()

@@ -2,13 +2,16 @@
 
 Everything here runs on one asyncio loop and without a pause inside a step's output, so that what one
 step gave to a stream reaches its writer together.
+
+What the engine knows, the front knows too, and more: when the engine dies and another one comes, that one
+is told every request anew, with the output so far. Meanwhile requests are taken in as ever, and wait.
 """
 
 import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 from tidegate.engine.client import EngineClient, EngineGone
 from tidegate.engine.messages import Command, Stats, StepOutput, Submit
@@ -18,15 +21,27 @@ from tidegate.service.admission import Admission, Ticket
 from tidegate.service.errors import Failure, log_unexpected
 from tidegate.service.events import Outbox
 from tidegate.service.generation import Generation
+from tidegate.service.quarantine import Quarantine
 
 RESTART_SECONDS = 5.0
-"""After a drain or a lost engine: about the time in which another server, or this one again, is up."""
+"""After a drain or an engine lost for good: about the time in which a server is up, here or elsewhere."""
 
 
 class Hub:
     """Registers requests, passes them to the engine, and takes its output apart."""
 
-    def __init__(self, engine: EngineClient, text: Text, admission: Admission) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        text: Text,
+        admission: Admission,
+        *,
+        restart: Callable[[EngineGone], Awaitable[None]] | None = None,
+        set_serving: Callable[[bool], Awaitable[None]] | None = None,
+    ) -> None:
+        """``restart`` puts a new engine behind ``engine``, or raises; without it, the engine's end is the
+        end. ``set_serving`` is told when there is none, and when there is one again.
+        """
         self.info = engine.info
         self.stats = Stats()
         self.admission = admission
@@ -34,6 +49,11 @@ class Hub:
         self.stopping = asyncio.Event()
         """Set when the server ends the streams that would go on for ever."""
         self._engine = engine
+        self._restart = restart
+        self._set_serving = set_serving
+        self._quarantine = Quarantine()
+        self._is_told = True
+        """Whether the present engine knows all of ``_submitted``; if not, it soon will."""
         self._text = text
         self._generations: dict[tuple[str, str], Generation] = {}
         """All that are under way, by tenant and request id."""
@@ -59,7 +79,7 @@ class Hub:
     ) -> Generation:
         """Register a request whose content is still to come.
 
-        Raises ``Failure``: DRAINING, ENGINE_GONE, REQUEST_ID_IN_USE, and those of ``Admission.enter``.
+        Raises ``Failure``: DRAINING, ENGINE_RESTARTING, REQUEST_ID_IN_USE, and those of ``Admission.enter``.
         """
         if self._is_gone:
             raise _engine_gone()
@@ -128,7 +148,8 @@ class Hub:
             return
         generation.engine_id = engine_id
         self._submitted[engine_id] = generation
-        self._send(Submit(request))
+        if self._is_told:
+            self._send(Submit(request))
 
     def find(self, tenant: str, request_id: str) -> Generation | None:
         return self._generations.get((tenant, request_id))
@@ -142,19 +163,66 @@ class Hub:
         await self._idle.wait()
 
     async def run(self) -> None:
-        """Read the engine's output until it is gone; then every request has ended.
+        """Read the engine's output until it is gone for good; then every request has ended.
 
         Raises ``EngineGone``.
         """
         try:
             while True:
-                self._apply(await self._engine.receive())
-                # An engine that is ahead must not keep the writers from their turn.
-                await asyncio.sleep(0)
+                try:
+                    await self._read()
+                except EngineGone as gone:
+                    await self._replace_engine(gone)
         finally:
             self._is_gone = True
             for generation in self:
                 generation.on_gone(_engine_gone())
+
+    async def _read(self) -> None:
+        """Take one engine's output apart until it is gone."""
+        if not self._is_told:
+            await self._tell_all()
+        while True:
+            self._apply(await self._engine.receive())
+            # An engine that is ahead must not keep the writers from their turn.
+            await asyncio.sleep(0)
+
+    async def _replace_engine(self, gone: EngineGone) -> None:
+        """Raises ``EngineGone`` where it cannot be."""
+        if self._restart is None:
+            raise gone
+        self._is_told = False
+        await self._tell_health(False)
+        for generation in list(self._submitted.values()):
+            generation.on_engine_death()
+        for engine_id in self._quarantine.on_death(gone.executing):
+            if poison := self._submitted.get(engine_id):
+                poison.fail(Failure("POISON_SUSPECTED", "the engine dies of this request"))
+        await self._restart(gone)
+
+    async def _tell_all(self) -> None:
+        """Let a new engine go on with every request; first with those that are suspect, one at a time."""
+        known = set()
+        for engine_id in self._quarantine.suspects():
+            generation = self._submitted.get(engine_id)
+            if generation is not None and generation.has_credit:
+                known.add(engine_id)
+                self._tell(generation)
+                while engine_id in self._submitted and self._quarantine.is_suspect(engine_id):
+                    self._apply(await self._engine.receive())
+        self._is_told = True
+        for engine_id, generation in self._submitted.items():
+            if engine_id not in known:
+                self._tell(generation)
+        await self._tell_health(True)
+
+    def _tell(self, generation: Generation) -> None:
+        self._send(Submit(generation.continuation()))
+        generation.on_recovered()
+
+    async def _tell_health(self, is_serving: bool) -> None:
+        if self._set_serving is not None and not self.is_draining:
+            await self._set_serving(is_serving)
 
     def _apply(self, output: StepOutput) -> None:
         for refused in output.refused:
@@ -170,6 +238,8 @@ class Hub:
             if finished.reason is not FinishReason.ERROR
         }
         for delta in output.deltas:
+            if self._quarantine:
+                self._quarantine.clear(delta.request_id)
             if generation := self._submitted.get(delta.request_id):
                 try:
                     generation.on_delta(delta, reasons.get((delta.request_id, delta.choice)))
@@ -204,6 +274,7 @@ class Hub:
         self.admission.end(self._tickets.pop(generation))
         if generation.engine_id is not None:
             del self._submitted[generation.engine_id]
+            self._quarantine.clear(generation.engine_id)
         if not self._generations:
             self._idle.set()
 
@@ -213,4 +284,4 @@ def draining() -> Failure:
 
 
 def _engine_gone() -> Failure:
-    return Failure("ENGINE_GONE", "the engine has ended", retry_after=RESTART_SECONDS)
+    return Failure("ENGINE_RESTARTING", "the engine has ended", retry_after=RESTART_SECONDS)

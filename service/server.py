@@ -6,11 +6,12 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import grpc.aio
+import msgspec
 import structlog
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -34,6 +35,7 @@ from tidegate.service.inference import InferenceService
 from tidegate.service.intake import Intake
 from tidegate.service.security import Security, SecurityConfig, load_security
 from tidegate.service.session import SessionLimits, Sessions
+from tidegate.service.supervisor import Supervisor
 from tidegate.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -43,6 +45,9 @@ MAX_PENDING_REQUESTS = 20_000
 KEEPALIVE_MS = 10_000
 PING_TIMEOUT_MS = 5_000
 MAX_DRAIN_GRACE = 86_400
+MIN_HANG_TIMEOUT = 2
+"""An engine that has nothing to do beats once a second."""
+MAX_HANG_TIMEOUT = 86_400
 STOP_SECONDS = 2.0
 """For RPCs to write their last messages, once their requests have ended."""
 
@@ -85,6 +90,10 @@ class ServerConfig:
     tenant_requests: int | None = None
     tenant_tokens: int | None = None
     reflection: bool = False
+    max_restarts: int = 20
+    """Of the engine process, within five minutes; 0: none, and its end is the server's."""
+    hang_timeout: float = 60.0
+    """Seconds without progress after which the engine process is killed; more than its longest step takes."""
     drain_grace: float = 30.0
     """Seconds that requests under way may take to finish after SIGTERM or SIGINT."""
     log_format: LogFormat = "console"
@@ -100,6 +109,11 @@ class ServerConfig:
         self.admission_limits()
         if not 0 <= self.drain_grace <= MAX_DRAIN_GRACE:
             raise ConfigError(f"drain_grace must be between 0 and {MAX_DRAIN_GRACE}; got {self.drain_grace}")
+        if self.max_restarts < 0:
+            raise ConfigError(f"max_restarts must not be negative; got {self.max_restarts}")
+        if not MIN_HANG_TIMEOUT <= self.hang_timeout <= MAX_HANG_TIMEOUT:
+            limits = f"between {MIN_HANG_TIMEOUT} and {MAX_HANG_TIMEOUT}"
+            raise ConfigError(f"hang_timeout must be {limits}; got {self.hang_timeout}")
 
     def admission_limits(self) -> AdmissionLimits:
         """Raises ``ConfigError``."""
@@ -179,17 +193,16 @@ async def start_server(
     health_addresses: Sequence[str] = (),
     reflection_on: bool = False,
     limits: SessionLimits | None = None,
+    restart: Callable[[EngineGone], Awaitable[None]] | None = None,
 ) -> Server:
     """Serve an engine that is ready. Raises ``ConfigError`` where an address cannot be opened.
 
-    ``memory`` is as in ``Admission``. Engine and text stay the caller's to close.
+    ``memory`` is as in ``Admission``. Engine and text stay the caller's to close. ``restart``
+    is the hub's.
     """
     limits = limits or SessionLimits(MAX_MESSAGE_BYTES)
     security = security or Security()
     fingerprint = _fingerprint(engine.info)
-    hub = Hub(engine, text, Admission(admission or AdmissionLimits(), memory))
-    intake = Intake(hub, text)
-    sessions = Sessions(hub, intake, limits, fingerprint)
     services = [
         descriptor.services_by_name[name].full_name
         for descriptor, name in (
@@ -198,6 +211,15 @@ async def start_server(
         )
     ]
     health = HealthService(services)
+    hub = Hub(
+        engine,
+        text,
+        Admission(admission or AdmissionLimits(), memory),
+        restart=restart,
+        set_serving=health.set_serving,
+    )
+    intake = Intake(hub, text)
+    sessions = Sessions(hub, intake, limits, fingerprint)
 
     guard = Guard(limits.stall_limit, security.authentication)
     grpc_server = grpc.aio.server(interceptors=[guard], options=GRPC_OPTIONS)
@@ -249,7 +271,7 @@ async def serve(config: ServerConfig) -> int:
         _log.error("cannot start", reason=str(error))
         return 1
     stopping = asyncio.create_task(_signal())
-    loading = asyncio.create_task(_load(config.engine, config.log_format))
+    loading = asyncio.create_task(_load(config))
     await asyncio.wait({stopping, loading}, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         loading.cancel()
@@ -268,7 +290,7 @@ async def serve(config: ServerConfig) -> int:
 
 
 async def _serve(
-    config: ServerConfig, security: Security, engine: EngineClient, text: Text, stopping: asyncio.Task[None]
+    config: ServerConfig, security: Security, engine: Supervisor, text: Text, stopping: asyncio.Task[None]
 ) -> int:
     try:
         server = await start_server(
@@ -279,6 +301,7 @@ async def _serve(
             security=security,
             health_addresses=[] if config.health_port is None else [every_interface(config.health_port)],
             reflection_on=config.reflection,
+            restart=engine.restart,
         )
     except ConfigError as error:
         _log.error("cannot start", reason=str(error))
@@ -298,16 +321,25 @@ async def _serve(
     return status
 
 
-async def _load(config: EngineConfig, log_format: LogFormat) -> tuple[EngineClient, Text]:
+async def _load(config: ServerConfig) -> tuple[Supervisor, Text]:
     """The engine process and, meanwhile in a thread, the tokenizer.
 
     Raises ``ConfigError``, ``EngineGone``.
     """
     own_imports = process_age()
     # A hub name is downloaded here, once; the engine then finds it in the cache.
-    folder = await asyncio.to_thread(resolve, config.model)
+    folder = await asyncio.to_thread(resolve, config.engine.model)
+
+    async def start(engine_config: EngineConfig, progress: bool = False) -> EngineClient:
+        return await ProcessClient.start(
+            engine_config,
+            progress=progress,
+            log_format=config.log_format,
+            hang_timeout=config.hang_timeout,
+        )
+
     engine, text = await asyncio.gather(
-        ProcessClient.start(config, progress=sys.stderr.isatty(), log_format=log_format),
+        start(config.engine, progress=sys.stderr.isatty()),
         asyncio.to_thread(Text.load, str(folder)),
         return_exceptions=True,
     )
@@ -318,7 +350,19 @@ async def _load(config: EngineConfig, log_format: LogFormat) -> tuple[EngineClie
         raise text
     seconds = {"own_imports": own_imports, **engine.info.load_seconds, "total": process_age()}
     _log.info("loaded", **{f"{name}_s": round(value, 2) for name, value in seconds.items()})
-    return engine, text
+    again = _same_again(config.engine, engine.info)
+    return Supervisor(engine, lambda: start(again), config.max_restarts), text
+
+
+def _same_again(config: EngineConfig, info: EngineInfo) -> EngineConfig:
+    """For an engine of the same size as the first, with room for every request that had room there."""
+    return msgspec.structs.replace(
+        config,
+        max_model_len=info.max_model_len,
+        block_size=info.block_size,
+        device_kv_tokens=info.device_blocks * info.block_size,
+        host_kv_tokens=info.host_blocks * info.block_size,
+    )
 
 
 async def _signal() -> None:

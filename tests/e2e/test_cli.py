@@ -31,6 +31,7 @@ SERVE_FLAGS = [
     "--device-kv-tokens",
     "--drain-grace",
     "--dtype",
+    "--hang-timeout",
     "--health-port",
     "--host-kv-tokens",
     "--insecure",
@@ -41,6 +42,7 @@ SERVE_FLAGS = [
     "--log-format",
     "--max-model-len",
     "--max-num-seqs",
+    "--max-restarts",
     "--max-step-tokens",
     "--max-waiting",
     "--max-waiting-tokens",
@@ -125,7 +127,8 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
         "--listen unix:/tmp/a --listen 0.0.0.0:1 --insecure --reflection --drain-grace 3 --log-format json "
         "--device cpu --dtype float32 --max-model-len 100 --block-size 16 --device-kv-tokens 200 "
         "--host-kv-tokens 0 --preemption swap --no-prefix-caching --max-num-seqs 3 --max-step-tokens 64 "
-        "--max-waiting 5 --park-grace 0.25 --pipeline-depth 1 --tls-cert c --tls-key k --tls-client-ca a "
+        "--max-waiting 5 --park-grace 0.25 --pipeline-depth 1 --max-restarts 7 --hang-timeout 9 "
+        "--tls-cert c --tls-key k --tls-client-ca a "
         "--auth-tokens t --jwt-keys j --jwt-issuer i --jwt-audience u --health-port 9 "
         "--max-waiting-tokens 7 --tenant-requests 8 --tenant-tokens 6"
     ).split()
@@ -166,6 +169,8 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
             tenant_requests=8,
             tenant_tokens=6,
             reflection=True,
+            max_restarts=7,
+            hang_timeout=9.0,
             drain_grace=3.0,
             log_format="json",
         )

@@ -67,14 +67,14 @@ async def test_sigterm_under_load_cuts_no_stream(serve: Serve) -> None:
     assert server.faults == []
 
 
-async def test_sigkill_of_the_engine_ends_every_stream_and_the_server(serve: Serve) -> None:
-    server = serve(*TIERS)
+async def test_sigkill_of_the_engine_without_recovery_ends_every_stream_and_the_server(serve: Serve) -> None:
+    server = serve(*TIERS, "--max-restarts", "0")
     async with connect(server.address) as channel, load_on(channel, 900) as (sessions, requests, ends):
         os.kill(server.engine_pid, signal.SIGKILL)
         killed = time.perf_counter()
         errors = await ends
         assert time.perf_counter() - killed < 10
-    assert [request.ends for request in requests] == [["ENGINE_GONE"]] * len(requests)
+    assert [request.ends for request in requests] == [["ENGINE_RESTARTING"]] * len(requests)
     for error in errors[: len(sessions)]:
         assert isinstance(error, grpc.aio.AioRpcError)
         assert error.code() == grpc.StatusCode.UNAVAILABLE

@@ -196,7 +196,7 @@ async def test_a_missing_call_is_told_apart(client: AsyncClient) -> None:
 async def test_unavailable_is_tried_again_no_sooner_than_the_server_asks(
     client: AsyncClient, server: ScriptedServer
 ) -> None:
-    refusal = status(grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE", retry_after(0.4))
+    refusal = status(grpc.StatusCode.UNAVAILABLE, "ENGINE_RESTARTING", retry_after(0.4))
     server.refusals = [lambda context: refuse(context, refusal)]
     begin = asyncio.get_running_loop().time()
     assert await client.generate("x", max_tokens=2).text() == "w0 w1 "
@@ -206,7 +206,7 @@ async def test_unavailable_is_tried_again_no_sooner_than_the_server_asks(
 
 
 async def test_retries_come_to_an_end(client: AsyncClient, server: ScriptedServer) -> None:
-    refusal = status(grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE")
+    refusal = status(grpc.StatusCode.UNAVAILABLE, "ENGINE_RESTARTING")
     server.refusals = [lambda context: refuse(context, refusal)] * 10
     with pytest.raises(Unavailable):
         await client.generate_unary("x")
@@ -224,7 +224,7 @@ async def test_no_retry_where_the_server_says_it_is_pointless(
 
 
 async def test_no_retry_beyond_the_timeout(client: AsyncClient, server: ScriptedServer) -> None:
-    refusal = status(grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE", retry_after(30))
+    refusal = status(grpc.StatusCode.UNAVAILABLE, "ENGINE_RESTARTING", retry_after(30))
     server.refusals = [lambda context: refuse(context, refusal)]
     with pytest.raises(Unavailable):
         await asyncio.wait_for(client.generate_unary("x", timeout=5), 2)
@@ -328,7 +328,7 @@ async def test_an_error_of_one_request_leaves_the_others_alone(
 async def test_a_request_refused_as_unavailable_is_started_again(
     client: AsyncClient, server: ScriptedServer
 ) -> None:
-    server.start_errors = [status(grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE", retry_after(0.2))]
+    server.start_errors = [status(grpc.StatusCode.UNAVAILABLE, "ENGINE_RESTARTING", retry_after(0.2))]
     async with client.session() as session:
         stream = await session.start("x", max_tokens=2, timeout=20)
         assert await stream.text() == "w0 w1 "
@@ -342,7 +342,7 @@ async def test_a_request_refused_as_unavailable_is_started_again(
 async def test_a_request_can_be_cancelled_while_it_waits_for_a_retry(
     client: AsyncClient, server: ScriptedServer
 ) -> None:
-    server.start_errors = [status(grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE", retry_after(60))]
+    server.start_errors = [status(grpc.StatusCode.UNAVAILABLE, "ENGINE_RESTARTING", retry_after(60))]
     async with client.session() as session:
         stream = await session.start("x", max_tokens=2)
         await eventually(lambda: not server.start_errors)

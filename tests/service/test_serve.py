@@ -22,10 +22,17 @@ import sys
 from tidegate.engine.config import EngineConfig
 from tidegate.service.server import ServerConfig, run
 engine = EngineConfig(model=sys.argv[1], device_kv_tokens=4096, host_kv_tokens=0)
-sys.exit(run(ServerConfig(engine=engine, addresses=(sys.argv[2],), log_format="json", drain_grace=20)))
+config = ServerConfig(
+    engine=engine,
+    addresses=(sys.argv[2],),
+    log_format="json",
+    drain_grace=20,
+    max_restarts=int(sys.argv[3]),
+)
+sys.exit(run(config))
 """
 
-Serve = Callable[[str], "subprocess.Popen[str]"]
+Serve = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +49,8 @@ def address(tmp_path: Path) -> str:
 def serve(address: str) -> Iterator[Serve]:
     started: list[subprocess.Popen[str]] = []
 
-    def start(model: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-P", "-c", SERVE, model, address]
+    def start(model: str, max_restarts: int = 20) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-P", "-c", SERVE, model, address, str(max_restarts)]
         started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
         return started[-1]
 
@@ -94,10 +101,10 @@ def test_sigterm_lets_a_stream_finish_and_exits_with_0(serve: Serve, checkpoint:
     assert not os.path.exists(address.removeprefix("unix:"))
 
 
-def test_the_engines_end_is_told_to_clients_and_ends_the_server(
+def test_without_restarts_the_engines_end_is_told_to_clients_and_ends_the_server(
     serve: Serve, checkpoint: Path, address: str
 ) -> None:
-    process = serve(str(checkpoint))
+    process = serve(str(checkpoint), 0)
     log_until(process, "ready")
     with grpc.insecure_channel(address) as channel:
         stream = generate(channel, 400)
@@ -109,7 +116,7 @@ def test_the_engines_end_is_told_to_clients_and_ends_the_server(
     status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
     info = error_details_pb2.ErrorInfo()
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-    assert any(detail.Unpack(info) and info.reason == "ENGINE_GONE" for detail in status.details)
+    assert any(detail.Unpack(info) and info.reason == "ENGINE_RESTARTING" for detail in status.details)
     assert log_until(process, "the engine has ended")["exit_code"] == -signal.SIGKILL
     assert process.wait(20) == 1
 

@@ -206,11 +206,11 @@ async def test_when_the_engine_is_gone_every_request_is_told(front: Front) -> No
     await until(lambda: len(front.engine.waiting) == 2)
     front.engine.kill()
     refusal = await refusal_of(stream)
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_GONE")
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_RESTARTING")
     assert refusal.retry_seconds is not None
     error = (await session.next("request_error")).request_error
-    assert read_status(error.status).reason == "ENGINE_GONE"
-    assert (await refusal_of(front.inference.Generate(request()))).reason == "ENGINE_GONE"
+    assert read_status(error.status).reason == "ENGINE_RESTARTING"
+    assert (await refusal_of(front.inference.Generate(request()))).reason == "ENGINE_RESTARTING"
     with pytest.raises(EngineGone):
         await front.server.engine_ended
 

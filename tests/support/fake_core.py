@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from zlib import crc32
 
 from tidegate.engine.config import ConfigError, EngineConfig
+from tidegate.engine.flight import FlightRecorder
 from tidegate.engine.messages import (
     Admitted,
     Command,
@@ -68,6 +69,7 @@ class FakeCore:
             dtype="float32",
             load_seconds={"load": 0.0},
         )
+        self.recorder = FlightRecorder()
         self.closed = False
         self.peak_requests = 0
         self._max_waiting = config.max_waiting
@@ -146,7 +148,7 @@ class FakeCore:
             output.refused.append(Refused(request.id, [Violation("queue", "is full")]))
             return
         self._choices[request.id] = {
-            index: Choice(request, index, list(request.output_token_ids)) for index in range(request.params.n)
+            index: Choice(request, index, list(given)) for index, given in request.running_choices().items()
         }
         self.peak_requests = max(self.peak_requests, len(self._choices))
         output.admitted.append(Admitted(request.id, 0, 0))

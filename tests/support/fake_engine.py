@@ -208,13 +208,18 @@ class FakeEngine:
 
     def _admit(self, output: StepOutput) -> None:
         # A request without any credit takes no place.
-        able = [r for r in self.waiting if r.emit_upto is None or r.emit_upto > len(r.output_token_ids)]
+        able = [
+            request
+            for request in self.waiting
+            if request.emit_upto is None
+            or request.emit_upto > min(map(len, request.running_choices().values()))
+        ]
         for request in able if self.admits else []:
             self.waiting.remove(request)
             cached = len(request.prompt_token_ids) // self.info.block_size * self.info.block_size
             output.admitted.append(Admitted(request.id, cached, 0))
             self.running += [
-                Running(request, index, list(request.output_token_ids)) for index in range(request.params.n)
+                Running(request, index, list(given)) for index, given in request.running_choices().items()
             ]
 
     def _run(self, choice: Running, output: StepOutput) -> None:

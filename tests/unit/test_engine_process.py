@@ -421,7 +421,16 @@ def test_the_engine_dies_with_its_front() -> None:
 def test_an_engine_whose_front_died_before_it_ran_ends_at_once() -> None:
     dead_parent = 2**22 + 1
     ended = subprocess.run(
-        [sys.executable, "-P", "-m", "tidegate.engine.process", "ipc:///nowhere", str(dead_parent), "{}"],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "tidegate.engine.process",
+            "ipc:///nowhere",
+            str(dead_parent),
+            "0",
+            "{}",
+        ],
         capture_output=True,
         text=True,
         timeout=20,

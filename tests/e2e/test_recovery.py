@@ -1,0 +1,101 @@
+"""Engines that die under load: the streams pause, go on, and end as if nothing had happened."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncGenerator, Callable
+
+import grpc.aio
+import pytest
+from served import Served, is_empty, load_when
+from wire import Seen, Session, connect
+
+from tidegate.v1 import events_pb2
+
+KILLS = int(os.environ.get("TIDEGATE_KILLS", "4"))
+NUM_STREAMS = 64
+NUM_SESSIONS = 8
+RECOVERED = events_pb2.PROGRESS_KIND_RECOVERED
+
+ENGINE = ("demo", "--dtype", "float32", "--block-size", "16", "--device-kv-tokens", "32768")
+"""With room for all streams at their full length, in the type in which tokens do not depend on the batch."""
+
+Serve = Callable[..., Served]
+
+
+def stories(number: int, max_tokens: int) -> list[Seen]:
+    """Prompts of several lengths; every other one greedy, the others with a seed."""
+    return [
+        Seen(
+            f"story {index}",
+            "",
+            {
+                "prompt": {"text": f"Tell me a story about number {index}. " * (1 + index % 5)},
+                "sampling": {
+                    "max_tokens": max_tokens,
+                    "ignore_eos": True,
+                    "temperature": index % 2 * 0.9,
+                    "seed": index,
+                },
+            },
+        )
+        for index in range(number)
+    ]
+
+
+@contextlib.asynccontextmanager
+async def running(channel: grpc.aio.Channel, requests: list[Seen]) -> AsyncGenerator[None]:
+    """Each with a first token, on a few sessions, which end with them."""
+    sessions = [Session(channel) for _ in range(NUM_SESSIONS)]
+    readings = [await session.open() for session in sessions]
+    for index, request in enumerate(requests):
+        await sessions[index % NUM_SESSIONS].start(request, credit=10_000)
+    await all_have_more(requests, 1)
+    yield
+    for session in sessions:
+        await session.send(close={})
+    async with asyncio.timeout(300):
+        await asyncio.gather(*readings)
+
+
+async def all_have_more(requests: list[Seen], number: int) -> None:
+    """Wait until each has so many more tokens, or its end."""
+    async with asyncio.timeout(120):
+        await asyncio.gather(*(request.has_tokens(len(request.tokens) + number) for request in requests))
+
+
+@pytest.mark.timeout(KILLS * 60 + 120)
+async def test_kills_of_the_engine_change_no_token_of_any_stream(serve: Serve) -> None:
+    server = serve(*ENGINE, "--max-restarts", "1000000")
+    length = 60 + 12 * KILLS
+    async with connect(server.address) as channel:
+        undisturbed = stories(NUM_STREAMS, length)
+        async with running(channel, undisturbed):
+            pass
+        requests = stories(NUM_STREAMS, length)
+        pauses = []
+        async with running(channel, requests):
+            for _ in range(KILLS):
+                os.kill(server.engine_pid, signal.SIGKILL)
+                killed = time.perf_counter()
+                await all_have_more(requests, 1)
+                pauses.append(time.perf_counter() - killed)
+                await all_have_more(requests, 5)
+        await load_when(channel, is_empty)
+    restarts = [entry["after_s"] for entry in server.log if entry["event"] == "the engine serves again"]
+    print(
+        f"{KILLS} kills: serving again after {min(restarts)} to {max(restarts)} s; every stream had its next"
+    )
+    print(f"token after {min(pauses):.2f} to {max(pauses):.2f} s")
+    assert len(restarts) == KILLS
+    assert [request.ends for request in requests] == [["MAX_TOKENS"]] * NUM_STREAMS
+    changed = [
+        request.id
+        for request, other in zip(requests, undisturbed, strict=True)
+        if request.tokens != other.tokens
+    ]
+    assert changed == []
+    assert [request.progress.count(RECOVERED) for request in requests] == [KILLS] * NUM_STREAMS
+    assert server.faults == []
