@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 
-from tidegate.engine.memory.tiers import BlockTable
+from tidegate.engine.memory.block import BlockTable
 from tidegate.engine.request import Parent
 from tidegate.engine.sequence import Sequence, Status
 

@@ -236,8 +236,8 @@ class Scheduler:
         stats.waiting = sum(seq.status is Status.WAITING for seq in sequences)
         stats.device = TierStats(manager.device.num_blocks, manager.device.num_free, manager.num_reclaimable)
         stats.host = TierStats(manager.host.num_blocks, manager.host.num_free, manager.num_host_reclaimable)
-        stats.swap_out_bytes = manager.copied_out * self._limits.block_bytes
-        stats.swap_in_bytes = manager.copied_in * self._limits.block_bytes
+        stats.swap_out_bytes = manager.stats.copied_out.total() * self._limits.block_bytes
+        stats.swap_in_bytes = manager.stats.copied_in.total() * self._limits.block_bytes
         return stats
 
     def check_integrity(self) -> None:

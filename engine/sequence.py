@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from tidegate.engine.memory.tiers import BlockTable
+from tidegate.engine.memory.block import BlockTable
 from tidegate.engine.policy import Candidate
 from tidegate.engine.request import FinishReason, Request
 
