@@ -87,6 +87,7 @@ class Roster:
         seq.status = Status.RUNNING
         seq.row = self.rows.pop()
         seq.row_blocks = -1
+        seq.reserved = 0
         insort(self.running, seq, key=lambda s: s.order)
 
     def leave(self, seq: Sequence) -> None:
