@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import structlog
 import torch
 
+from tidegate.engine import failpoints
 from tidegate.engine.memory.copies import Completion, CopyOp, Run, merge_runs
 
 log = structlog.get_logger(__name__)
@@ -70,6 +71,8 @@ class ThreadTransfer:
             self._arrived.set()
 
     def _copy(self, run: Run) -> None:
+        if failpoints.ARMED:
+            failpoints.reach("copy")
         started = time.perf_counter()
         length = len(run.tickets)
         device = self._device[run.device_start : run.device_start + length]

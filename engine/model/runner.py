@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from tidegate.engine import failpoints
 from tidegate.engine.memory.layout import BlockLayout
 from tidegate.engine.model.sampler import Sampler
 from tidegate.engine.step import StepHandle, StepPlan, StepResult
@@ -101,6 +102,8 @@ class ModelRunner:
             kv_NCKBD=BlockLayout.layer(self._pool_NLCKBD, 0),
         )
         token_ids_T = self._tokens[rows_S.repeat(counts_S), batch.positions_T.numpy()]
+        if failpoints.ARMED:
+            failpoints.reach("step", token_ids_T.tolist())
         sampling = np.flatnonzero(samples_S)
         logits_RV = self._model.forward(
             torch.from_numpy(token_ids_T.astype(np.int64)),

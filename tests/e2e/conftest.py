@@ -12,4 +12,4 @@ from served import Served, served
 def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
     """``serve(*arguments)``: a ``tidegate serve`` that is ready, stopped at the end of the test."""
     with ExitStack() as stack:
-        yield lambda *arguments: stack.enter_context(served(tmp_path, *arguments))
+        yield lambda *arguments, **options: stack.enter_context(served(tmp_path, *arguments, **options))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import grpc.aio
 
+from tidegate.engine.failpoints import VARIABLE
 from tidegate.v1 import control_pb2, control_pb2_grpc, events_pb2
 
 START_SECONDS = 60.0
@@ -60,14 +62,18 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(folder: Path, *arguments: str) -> Iterator[Served]:
+def served(folder: Path, *arguments: str, failpoints: str = "") -> Iterator[Served]:
     """``tidegate serve ARGUMENTS`` on a Unix socket in ``folder``, ready; killed at the end."""
     address = f"unix:{folder}/socket"
     log_file = folder / "log"
     # To a file: a pipe that nobody reads would stop the server in the middle of its work.
     with log_file.open("wb") as log:
         command = [sys.executable, "-P", "-m", "tidegate.service.cli", "serve", *arguments]
-        process = subprocess.Popen([*command, "--listen", address, "--log-format", "json"], stderr=log)
+        process = subprocess.Popen(
+            [*command, "--listen", address, "--log-format", "json"],
+            stderr=log,
+            env={**os.environ, VARIABLE: failpoints},
+        )
     server = Served(process, address, log_file)
     try:
         server.wait_for_log("ready")
