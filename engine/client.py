@@ -6,9 +6,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from tidegate.engine.flight import Place
 from tidegate.engine.loop import Core, run
-from tidegate.engine.messages import Command, EngineInfo, StepOutput
+from tidegate.engine.messages import Command, EngineInfo, Place, StepOutput
 
 T = TypeVar("T")
 

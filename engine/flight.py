@@ -9,23 +9,16 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import msgspec
+
+from tidegate.engine.messages import Place
 
 SLOTS = 2
 """Steps that may be under way at once."""
 SLOT_BYTES = 2**18
 """Enough for the most sequences of one step, named as a front names them. Pages not written cost nothing."""
 COUNTER = struct.Struct("=Q")
-
-
-class Place(NamedTuple):
-    """Positions ``[start, end)`` of one sequence of a request, which a step computes."""
-
-    request_id: str
-    start: int
-    end: int
 
 
 _encode = msgspec.msgpack.Encoder().encode

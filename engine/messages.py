@@ -5,6 +5,7 @@ late message does no harm. Encoded with msgspec's MessagePack when the engine is
 """
 
 from enum import StrEnum
+from typing import NamedTuple
 
 import msgspec
 
@@ -192,6 +193,15 @@ class StepOutput(msgspec.Struct):
         return bool(
             self.refused or self.admitted or self.deltas or self.progress or self.finished or self.stats
         )
+
+
+class Place(NamedTuple):
+    """Positions ``[start, end)`` of one choice, which a step computes. Part of an engine's last word."""
+
+    request_id: str
+    choice: int
+    start: int
+    end: int
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

@@ -17,13 +17,13 @@ import structlog
 from tidegate.engine import policy
 from tidegate.engine.admission import Admission
 from tidegate.engine.eviction import Eviction
-from tidegate.engine.flight import Place
 from tidegate.engine.journal import Journal
 from tidegate.engine.limits import Limits
 from tidegate.engine.memory.tiers import BlockManager
 from tidegate.engine.messages import (
     Finish,
     Limit,
+    Place,
     PositionLogprobs,
     Release,
     Stats,
@@ -34,10 +34,12 @@ from tidegate.engine.messages import (
 )
 from tidegate.engine.request import FinishReason
 from tidegate.engine.roster import Roster
-from tidegate.engine.sequence import MAX_STEP_FAILURES, Sequence, Status
+from tidegate.engine.sequence import Sequence, Status
 from tidegate.engine.step import Chunk, RowSetup, StepPlan, StepResult
 
 __all__ = ["Limits", "ScheduledStep", "Scheduler"]
+
+MAX_STEP_FAILURES = 3
 
 Sample = tuple[int, bool, PositionLogprobs | None]
 """A sampled token: its id, whether its logits were finite, and what was asked for beside it."""
@@ -56,7 +58,7 @@ class ScheduledStep:
     def places(self) -> list[Place]:
         """What it computes, in terms of requests."""
         return [
-            Place(seq.request.id, chunk.start, chunk.start + chunk.count)
+            Place(seq.request.id, seq.choice, chunk.start, chunk.start + chunk.count)
             for chunk, (seq, _) in zip(self.plan.chunks, self.members, strict=True)
         ]
 
@@ -234,8 +236,8 @@ class Scheduler:
         stats.waiting = sum(seq.status is Status.WAITING for seq in sequences)
         stats.device = TierStats(manager.device.num_blocks, manager.device.num_free, manager.num_reclaimable)
         stats.host = TierStats(manager.host.num_blocks, manager.host.num_free, manager.num_host_reclaimable)
-        stats.swap_out_bytes = manager.stats.copied_out.total() * self._limits.block_bytes
-        stats.swap_in_bytes = manager.stats.copied_in.total() * self._limits.block_bytes
+        stats.swap_out_bytes = manager.copied_out * self._limits.block_bytes
+        stats.swap_in_bytes = manager.copied_in * self._limits.block_bytes
         return stats
 
     def check_integrity(self) -> None:
@@ -248,14 +250,14 @@ class Scheduler:
     def _plan_suspect(self, step: ScheduledStep) -> bool:
         """One sequence whose steps keep failing gets its last chance alone, so that no other pays for it."""
         for seq in list(self._roster.running):
-            is_next = seq.is_suspect and self._may_run(seq)
-            if is_next and self._schedule(step, seq, self._limits.max_step_tokens):
+            is_suspect = seq.failures == MAX_STEP_FAILURES - 1 and self._may_run(seq)
+            if is_suspect and self._schedule(step, seq, self._limits.max_step_tokens):
                 return True
         return False
 
     def _plan_decodes(self, step: ScheduledStep) -> None:
         for seq in list(self._roster.running):
-            if seq.num_unscheduled == 1 and self._may_run(seq) and not seq.is_suspect:
+            if self._may_run(seq) and seq.num_unscheduled == 1:
                 self._schedule(step, seq, 1)
 
     def _plan_prefills(self, step: ScheduledStep, budget: int) -> int:
@@ -263,7 +265,7 @@ class Scheduler:
             if seq.num_unscheduled > 1:
                 # A long prompt must not use up every step's budget before the more urgent get in.
                 budget = self._admit(step, budget, above=seq.request.priority)
-                if budget > 0 and self._may_run(seq) and not seq.is_suspect:
+                if budget > 0 and self._may_run(seq):
                     budget -= self._schedule(step, seq, budget)
         return budget
 
@@ -277,13 +279,8 @@ class Scheduler:
             seq = ready[0]
             if seq.request.priority <= above or not admission.find_row(seq) or not admission.enter(seq):
                 break
-            if seq.is_suspect and step.plan.chunks:
-                # It has its row, and the next step.
-                continue
             if seq.table.is_ready:
                 budget -= self._schedule(step, seq, budget)
-            if seq.is_suspect:
-                return 0
         return budget
 
     @staticmethod
@@ -293,14 +290,12 @@ class Scheduler:
 
     def _schedule(self, step: ScheduledStep, seq: Sequence, budget: int) -> int:
         """Add the sequence's next positions to the step; how many they are, 0 without room for them."""
-        start, left = seq.num_scheduled, seq.num_unscheduled
-        amount = min(left, budget)
-        if start + amount > seq.reserved and not self._make_room(seq, start + amount):
+        start, amount = seq.num_scheduled, min(seq.num_unscheduled, budget)
+        if not self._make_room(seq, start + amount):
             return 0
         plan = step.plan
-        if seq.row_blocks != len(seq.table.blocks):
-            self._update_row(plan, seq)
-        samples = amount == left
+        self._update_row(plan, seq)
+        samples = amount == seq.num_unscheduled
         plan.chunks.append(Chunk(seq.row, start, amount, samples))
         step.members.append((seq, seq.generation))
         seq.num_scheduled += amount
@@ -337,7 +332,6 @@ class Scheduler:
                 return False
             self._num_displaced += 1
             self._eviction.preempt(victim)
-        seq.reserved = len(seq.table.blocks) * self._manager.block_size
         return True
 
     # What a step gave

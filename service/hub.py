@@ -13,8 +13,11 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
+import msgspec
+
+from tidegate.engine import failpoints
 from tidegate.engine.client import EngineClient, EngineGone
-from tidegate.engine.messages import Command, Stats, StepOutput, Submit
+from tidegate.engine.messages import Command, Limit, Stats, StepOutput, Submit
 from tidegate.engine.request import FinishReason, Request, SamplingParams
 from tidegate.engine.text import Text
 from tidegate.service.admission import Admission, Ticket
@@ -202,23 +205,30 @@ class Hub:
 
     async def _tell_all(self) -> None:
         """Let a new engine go on with every request; first with those that are suspect, one at a time."""
-        known = set()
+        tried = set()
         for engine_id in self._quarantine.suspects():
             generation = self._submitted.get(engine_id)
             if generation is not None and generation.has_credit:
-                known.add(engine_id)
-                self._tell(generation)
-                while engine_id in self._submitted and self._quarantine.is_suspect(engine_id):
-                    self._apply(await self._engine.receive())
+                tried.add(engine_id)
+                await self._try(engine_id, generation)
         self._is_told = True
         for engine_id, generation in self._submitted.items():
-            if engine_id not in known:
-                self._tell(generation)
+            request = generation.continuation()
+            if engine_id not in tried:
+                self._send(Submit(request))
+            else:
+                most = self.info.max_model_len if request.emit_upto is None else request.emit_upto
+                self._send(Limit(engine_id, most))
+            generation.on_recovered()
         await self._tell_health(True)
 
-    def _tell(self, generation: Generation) -> None:
-        self._send(Submit(generation.continuation()))
-        generation.on_recovered()
+    async def _try(self, engine_id: str, generation: Generation) -> None:
+        """Run one request alone for one token more, behind which it waits for the others' turns."""
+        request = generation.continuation()
+        longest = max(map(len, request.running_choices().values()))
+        self._send(Submit(msgspec.structs.replace(request, emit_upto=longest + 1)))
+        while engine_id in self._submitted and self._quarantine.is_suspect(engine_id):
+            self._apply(await self._engine.receive())
 
     async def _tell_health(self, is_serving: bool) -> None:
         if self._set_serving is not None and not self.is_draining:
@@ -239,14 +249,17 @@ class Hub:
         }
         for delta in output.deltas:
             if self._quarantine:
-                self._quarantine.clear(delta.request_id)
+                self._quarantine.clear(delta.request_id, delta.choice)
             if generation := self._submitted.get(delta.request_id):
                 try:
+                    if failpoints.ARMED:
+                        failpoints.reach("output", delta.token_ids)
                     generation.on_delta(delta, reasons.get((delta.request_id, delta.choice)))
                 except Exception as error:  # noqa: BLE001  one request's text must not end the others
                     log_unexpected("output of a request failed", error, request_id=generation.request_id)
                     generation.fail(Failure.internal())
-        for progress in output.progress:
+        # Of the stalls of those that are tried alone, nobody needs to hear.
+        for progress in output.progress if self._is_told else ():
             if generation := self._submitted.get(progress.request_id):
                 generation.on_progress(progress)
         # First all last deltas, then all ends: a writer then sends the deltas of a step as one message.
@@ -274,7 +287,7 @@ class Hub:
         self.admission.end(self._tickets.pop(generation))
         if generation.engine_id is not None:
             del self._submitted[generation.engine_id]
-            self._quarantine.clear(generation.engine_id)
+            self._quarantine.forget(generation.engine_id)
         if not self._generations:
             self._idle.set()
 

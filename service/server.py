@@ -26,7 +26,6 @@ from tidegate.engine.process import ProcessClient
 from tidegate.engine.text import Text
 from tidegate.service.addresses import check_address, every_interface, listen
 from tidegate.service.admission import Admission, AdmissionLimits
-from tidegate.service.compat.protocols import PROTOCOLS, Compat, add_protocols
 from tidegate.service.control import ControlService
 from tidegate.service.errors import log_unexpected
 from tidegate.service.guard import Guard
@@ -95,8 +94,6 @@ class ServerConfig:
     """Of the engine process, within five minutes; 0: none, and its end is the server's."""
     hang_timeout: float = 60.0
     """Seconds without progress after which the engine process is killed; more than its longest step takes."""
-    protocols: tuple[str, ...] = PROTOCOLS
-    """Other people's, served beside ``tidegate.v1``."""
     drain_grace: float = 30.0
     """Seconds that requests under way may take to finish after SIGTERM or SIGINT."""
     log_format: LogFormat = "console"
@@ -110,10 +107,6 @@ class ServerConfig:
         if self.health_port is not None:
             check_address(every_interface(self.health_port), may_be_reached=True)
         self.admission_limits()
-        for protocol in self.protocols:
-            if protocol not in PROTOCOLS:
-                known = ", ".join(PROTOCOLS)
-                raise ConfigError(f"protocols must be of {known}, or none at all; got {protocol!r}")
         if not 0 <= self.drain_grace <= MAX_DRAIN_GRACE:
             raise ConfigError(f"drain_grace must be between 0 and {MAX_DRAIN_GRACE}; got {self.drain_grace}")
         if self.max_restarts < 0:
@@ -199,7 +192,6 @@ async def start_server(
     security: Security | None = None,
     health_addresses: Sequence[str] = (),
     reflection_on: bool = False,
-    compat: Compat | None = None,
     limits: SessionLimits | None = None,
     restart: Callable[[EngineGone], Awaitable[None]] | None = None,
 ) -> Server:
@@ -231,9 +223,6 @@ async def start_server(
 
     guard = Guard(limits.stall_limit, security.authentication)
     grpc_server = grpc.aio.server(interceptors=[guard], options=GRPC_OPTIONS)
-    if compat is not None:
-        services += add_protocols(grpc_server, compat, intake, hub)
-    health = HealthService(services)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(
         InferenceService(text, intake, sessions), grpc_server
     )
@@ -303,7 +292,6 @@ async def serve(config: ServerConfig) -> int:
 async def _serve(
     config: ServerConfig, security: Security, engine: Supervisor, text: Text, stopping: asyncio.Task[None]
 ) -> int:
-    folder = await asyncio.to_thread(resolve, config.engine.model)
     try:
         server = await start_server(
             engine,
@@ -314,7 +302,6 @@ async def _serve(
             health_addresses=[] if config.health_port is None else [every_interface(config.health_port)],
             reflection_on=config.reflection,
             restart=engine.restart,
-            compat=Compat(config.protocols, folder, config.engine.max_num_seqs),
         )
     except ConfigError as error:
         _log.error("cannot start", reason=str(error))

@@ -10,13 +10,15 @@ from collections.abc import AsyncGenerator, Callable
 import grpc.aio
 import pytest
 from served import Served, is_empty, load_when
-from wire import Seen, Session, connect
+from wire import Seen, Session, connect, generate
 
 from tidegate.v1 import events_pb2
 
 KILLS = int(os.environ.get("TIDEGATE_KILLS", "4"))
 NUM_STREAMS = 64
 NUM_SESSIONS = 8
+DEADLY = 1999
+"""A token that no story holds."""
 RECOVERED = events_pb2.PROGRESS_KIND_RECOVERED
 
 ENGINE = ("demo", "--dtype", "float32", "--block-size", "16", "--device-kv-tokens", "32768")
@@ -99,3 +101,32 @@ async def test_kills_of_the_engine_change_no_token_of_any_stream(serve: Serve) -
     assert changed == []
     assert [request.progress.count(RECOVERED) for request in requests] == [KILLS] * NUM_STREAMS
     assert server.faults == []
+
+
+@pytest.mark.parametrize("length", [3, 200])
+async def test_a_request_that_kills_the_engine_is_refused_and_all_others_finish(
+    serve: Serve, length: int
+) -> None:
+    """A failpoint kills the engine wherever a token is computed: the last one of a short or a long prompt."""
+    server = serve(*ENGINE, "--max-step-tokens", "128", failpoints=f"step=kill@{DEADLY}")
+    poison = Seen("poison", "", {"prompt": {"token_ids": {"ids": [*[7] * length, DEADLY]}}})
+    innocent = stories(NUM_STREAMS, 60)
+    async with connect(server.address) as channel:
+        async with running(channel, innocent):
+            started = time.perf_counter()
+            await generate(channel, poison)
+            seconds = time.perf_counter() - started
+        await load_when(channel, is_empty)
+    deaths = sum(entry["event"] == "the engine died" for entry in server.log)
+    print(f"refused after {deaths} deaths and {seconds:.1f} s")
+    assert poison.ends == ["POISON_SUSPECTED"]
+    assert [request.ends for request in innocent] == [["MAX_TOKENS"]] * NUM_STREAMS
+
+
+async def test_a_frozen_engine_is_replaced(serve: Serve) -> None:
+    server = serve(*ENGINE, "--hang-timeout", "5")
+    requests = stories(8, 60)
+    async with connect(server.address) as channel, running(channel, requests):
+        os.kill(server.engine_pid, signal.SIGSTOP)
+    assert [request.ends for request in requests] == [["MAX_TOKENS"]] * 8
+    assert "no progress for 5 s" in server.wait_for_log("the engine died")["reason"]

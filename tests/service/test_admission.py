@@ -1,7 +1,6 @@
 """What a client sees of admission: refusals before headers, quotas, and when to come back."""
 
 import asyncio
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -44,7 +43,7 @@ class Arrivals:
 
     @property
     def pauses(self) -> list[float]:
-        return [later - earlier for earlier, later in itertools.pairwise(self.times)]
+        return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
 
 
 def retrying_channel(front: Front, attempts: int) -> grpc.aio.Channel:

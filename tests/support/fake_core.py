@@ -1,6 +1,7 @@
 """An engine core without a model, for tests of what stands around it."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from tidegate.engine.messages import (
     Finished,
     Limit,
     Logprob,
+    Place,
     PositionLogprobs,
     Refused,
     Stats,
@@ -41,6 +43,11 @@ class Choice:
     request: Request
     index: int
     tokens: list[int] = field(default_factory=list)
+
+    @property
+    def place(self) -> Place:
+        known = len(self.request.prompt_token_ids) + len(self.tokens)
+        return Place(self.request.id, self.index, known - 1, known)
 
     @property
     def may_run(self) -> bool:
@@ -105,8 +112,10 @@ class FakeCore:
         commands, self._commands = self._commands, []
         for command in commands:
             self._apply(command, output)
+        self.recorder.launched(self._stats.steps, [choice.place for choice in self._running()])
         for _ in range(self._tokens_per_step):
             self._run_all(output)
+        self.recorder.landed(self._stats.steps)
         self._stats.steps += 1
         if output:
             output.stats = self._stats
@@ -154,6 +163,8 @@ class FakeCore:
         output.admitted.append(Admitted(request.id, 0, 0))
 
     def _run(self, choice: Choice, output: StepOutput) -> None:
+        if choice.request.id == "die" and len(choice.tokens) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
         params = choice.request.params
         token = self._next_token([*choice.request.prompt_token_ids, *choice.tokens], choice.index)
         logprobs = None

@@ -18,6 +18,7 @@ from tidegate.engine.messages import (
     Finished,
     Limit,
     Logprob,
+    Place,
     PositionLogprobs,
     Progress,
     ProgressKind,
@@ -37,6 +38,8 @@ EOS = "<eos>"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 POISON = "?"
 """A prompt that ends with it makes the engine fail the request."""
+DEADLY = "!"
+"""A prompt that ends with it kills the engine in the first step that computes it."""
 
 
 def byte_text() -> Text:
@@ -103,6 +106,8 @@ class FakeEngine:
         """Steps by which commands come late, as they do where steps overlap."""
         self.commands: list[Command] = []
         """All that ever came."""
+        self.deaths: list[set[str]] = []
+        """The prompts of the step of each."""
         self.running: list[Running] = []
         self.waiting: list[Request] = []
         self._text = text
@@ -145,9 +150,15 @@ class FakeEngine:
             output += self.letter(prompt_token_ids, self._text.encode(output), choice)
         return output
 
-    def kill(self) -> None:
+    def kill(self, *executing: Place) -> None:
         self._stepping.cancel()
-        self._outputs.end(EngineGone("the engine process ended with signal SIGKILL", -9))
+        self._outputs.end(EngineGone("the engine process ended with signal SIGKILL", -9, executing))
+
+    def revive(self) -> None:
+        """Be another engine, which knows nothing."""
+        self.running, self.waiting, self._pending = [], [], []
+        self._outputs, self._work = EndingQueue(), asyncio.Event()
+        self._stepping = asyncio.create_task(self._loop())
 
     def go_on(self) -> None:
         """Look again whether there is something to do."""
@@ -170,6 +181,8 @@ class FakeEngine:
             for command in due:
                 self._apply(command, output)
             self._admit(output)
+            if self._dies():
+                return
             for choice in list(self.running):
                 self._run(choice, output)
             if output:
@@ -178,6 +191,15 @@ class FakeEngine:
             able = (choice for choice in self.running if choice.index not in self.preempted)
             if self._pending or any(choice.has_credit or not choice.stalled for choice in able):
                 self._work.set()
+
+    def _dies(self) -> bool:
+        step = [choice for choice in self.running if choice.has_credit]
+        prompts = {self._text.decode(choice.request.prompt_token_ids) for choice in step}
+        if not any(prompt.endswith(DEADLY) for prompt in prompts):
+            return False
+        self.deaths.append(prompts)
+        self.kill(*(Place(choice.request.id, choice.index, 0, len(choice.tokens) + 1) for choice in step))
+        return True
 
     def _apply(self, command: Command, output: StepOutput) -> None:
         match command:

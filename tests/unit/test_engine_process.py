@@ -19,7 +19,7 @@ from fake_core import FakeCore, hashed
 
 from tidegate.engine.client import EngineClient, EngineGone, InProcessClient
 from tidegate.engine.config import ConfigError, EngineConfig
-from tidegate.engine.messages import Finish, Finished, Limit, StepOutput, Submit
+from tidegate.engine.messages import Finish, Finished, Limit, Place, StepOutput, Submit
 from tidegate.engine.process import ProcessClient
 from tidegate.engine.request import FinishReason, Request, SamplingParams
 
@@ -334,6 +334,44 @@ async def test_an_engine_that_does_not_answer_is_killed_in_the_end(
     os.kill(child_pid(process), signal.SIGSTOP)
     await process.close()
     assert not is_running(child_pid(process))
+
+
+@pytest.mark.parametrize("busy", [True, False])
+async def test_a_frozen_engine_is_noticed_and_killed(busy: bool) -> None:
+    """Also one that has nothing to do: the next request would wait for ever."""
+    process = await ProcessClient.start(EngineConfig(model="fake"), hang_timeout=5, factory=FACTORY)
+    if busy:
+        process.send([Submit(request("r", max_tokens=10**9))])
+        await listen(process, lambda r: "r" in r.tokens)
+    os.kill(child_pid(process), signal.SIGSTOP)
+    with pytest.raises(EngineGone, match="no progress for 5 s"):
+        await listen(process)
+    await process.close()
+
+
+async def test_an_engine_that_has_nothing_to_do_lives_on() -> None:
+    process = await ProcessClient.start(EngineConfig(model="fake"), hang_timeout=8, factory=FACTORY)
+    await asyncio.sleep(10)
+    process.send([Submit(request("r"))])
+    await listen(process, lambda r: "r" in r.finished)
+    await process.close()
+
+
+async def test_the_end_tells_what_was_being_computed(process: ProcessClient) -> None:
+    process.send([Submit(request("done", max_tokens=1)), Submit(request("other", max_tokens=99))])
+    process.send([Submit(request("die"))])
+    with pytest.raises(EngineGone) as caught:
+        await listen(process)
+    assert caught.value.executing == [Place("other", 0, 4, 5), Place("die", 0, 4, 5)]
+
+
+async def test_an_idle_engine_dies_of_nothing(process: ProcessClient) -> None:
+    process.send([Submit(request("r"))])
+    await listen(process, lambda r: "r" in r.finished)
+    os.kill(child_pid(process), signal.SIGKILL)
+    with pytest.raises(EngineGone) as caught:
+        await process.receive()
+    assert caught.value.executing == []
 
 
 async def test_a_config_error_of_the_engine_is_raised_in_the_front() -> None:
