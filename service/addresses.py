@@ -45,7 +45,7 @@ def check_address(address: str, may_be_reached: bool) -> None:
 
 def every_interface(port: str) -> str:
     """``PORT`` as an address of all interfaces; one that names its host stays as it is."""
-    return f"[::]:{port}" if port.isdigit() else port
+    return f"0.0.0.0:{port}" if port.isdigit() else port
 
 
 @contextlib.contextmanager

@@ -132,6 +132,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
     )
     add("health_port", "answer health probes alone there, in plaintext", metavar="[HOST:]PORT")
+    add("metrics_port", "serve metrics for Prometheus there", metavar="[HOST:]PORT")
     add("reflection", "answer gRPC reflection", action="store_true")
     add(
         "max_restarts",

@@ -4,7 +4,7 @@ Messages are for people and never hold text of a prompt. Programs switch on the 
 """
 
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -111,17 +111,19 @@ class Failure(Exception):
             status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
         return status
 
-    async def abort(self, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-        """End the RPC with this failure. Raises ``grpc.aio.AbortError``.
+    async def abort(
+        self, context: "grpc.aio.ServicerContext[Any, Any]", trailers: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        """End the RPC with this failure, and more trailers beside its own. Raises ``grpc.aio.AbortError``.
 
         gRPC's own retry policies obey the pushback trailer and ignore ``RetryInfo``.
         """
         pushback = -1 if self.retry_after is None else round(self.retry_after * 1000)
-        trailers = (
+        own = (
             ("grpc-status-details-bin", self.status().SerializeToString()),
             ("grpc-retry-pushback-ms", str(pushback)),
         )
-        await context.abort(self.code, self.message, trailers)
+        await context.abort(self.code, self.message, (*own, *trailers))
 
 
 def log_unexpected(event: str, error: BaseException, **fields: object) -> None:

@@ -76,6 +76,8 @@ class Generation:
         """The engine's name for it, once it was submitted."""
         self.is_admitted = False
         self.is_ended = False
+        self.end: Finished | Failed | None = None
+        """The terminal event. None behind the end, where nobody is to be told."""
         self.deadline = None if time_limit is None else time.monotonic() + time_limit
         self._outbox = outbox
         self._num_choices = num_choices
@@ -153,9 +155,8 @@ class Generation:
             self._finish_in_engine(FinishReason.CANCELLED)
 
     def fail(self, failure: Failure) -> None:
-        if self._end():
+        if self._end(Failed(self.request_id, failure)):
             self._finish_in_engine(FinishReason.CANCELLED)
-            self._outbox.put(Failed(self.request_id, failure))
 
     # When the engine dies and another one comes.
 
@@ -193,12 +194,11 @@ class Generation:
         """The engine is gone. What was decided stands; what still ran fails."""
         if self._choices and all(choice.end is not None for choice in self._choices):
             self._finish()
-        elif self._end():
-            self._outbox.put(Failed(self.request_id, failure))
+        else:
+            self._end(Failed(self.request_id, failure))
 
     def on_refused(self, refused: messages.Refused) -> None:
-        if self._end():
-            self._outbox.put(Failed(self.request_id, Failure.invalid(refused.violations)))
+        self._end(Failed(self.request_id, Failure.invalid(refused.violations)))
 
     def on_admitted(self, admitted: messages.Admitted) -> None:
         if self._request is None or self.is_admitted:
@@ -296,7 +296,7 @@ class Generation:
 
     def _finish(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """``reason``: for choices of which nothing is known yet."""
-        if not self._end():
+        if self.is_ended:
             return
         ends = [choice.end for choice in self._choices if choice.end is not None]
         if self._request is None:
@@ -310,16 +310,19 @@ class Generation:
             to_first_token=None if self._first_token_at is None else self._first_token_at - self._arrived_at,
             total=now - self._arrived_at,
         )
-        self._outbox.put(Finished(self.request_id, ends, self._usage, timings))
+        self._end(Finished(self.request_id, ends, self._usage, timings))
 
-    def _end(self) -> bool:
-        """The one way into the end. True for the first caller alone, who says which end it is."""
+    def _end(self, end: Finished | Failed | None = None) -> bool:
+        """The one way into the end. True for the first caller alone, whose end it is."""
         if self.is_ended:
             return False
         self.is_ended = True
+        self.end = end
         if self._timer is not None:
             self._timer.cancel()
         self._on_end(self)
+        if end is not None:
+            self._outbox.put(end)
         return True
 
     def _finish_in_engine(self, reason: FinishReason, choice: _Choice | None = None) -> None:

@@ -13,6 +13,8 @@ from tidegate.service import identity
 from tidegate.service.credentials import Authentication
 from tidegate.service.errors import Failure, log_unexpected
 from tidegate.service.identity import Role
+from tidegate.service.logging import CALLERS_ID, bind_callers_id, callers_id
+from tidegate.service.metrics import RpcMetrics
 
 Handler = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Any]
 Parse = Callable[[bytes], Message]
@@ -30,12 +32,18 @@ class Guard(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, stall_limit: float, authentication: Authentication | None = None, role: Role | None = None
+        self,
+        stall_limit: float,
+        authentication: Authentication | None = None,
+        *,
+        role: Role | None = None,
+        metrics: RpcMetrics | None = None,
     ) -> None:
         """``authentication`` None: every caller is ``identity.LOCAL``. ``role``: what callers need beside."""
         self._stall_limit = stall_limit
         self._authentication = authentication
         self._role = role
+        self._metrics = metrics
 
     async def intercept_service(
         self,
@@ -79,18 +87,34 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _guard(self, method: str, behavior: Handler) -> Handler:
         async def guarded(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+            code = grpc.StatusCode.OK
+            if self._metrics is not None:
+                self._metrics.began(method)
+            name = callers_id(context)
+            if name is not None:
+                bind_callers_id(name)
+            trailers = () if name is None else ((CALLERS_ID, name),)
             try:
                 self._admit(context)
+                if trailers:
+                    context.set_trailing_metadata(trailers)
                 return await behavior(request, context)
-            except (asyncio.CancelledError, grpc.aio.AbortError):
+            except asyncio.CancelledError:
+                code = grpc.StatusCode.CANCELLED
                 raise
             except Failure as failure:
-                await failure.abort(context)
+                code = failure.code
+                await failure.abort(context, trailers)
             except grpc.aio.InternalError:
+                code = grpc.StatusCode.CANCELLED
                 return None  # a write failed: the client left, and gRPC has not told us yet
             except Exception as error:  # noqa: BLE001  whatever it is, the client gets a status
+                code = grpc.StatusCode.INTERNAL
                 log_unexpected("rpc failed", error, method=method)
-                await Failure.internal().abort(context)
+                await Failure.internal().abort(context, trailers)
+            finally:
+                if self._metrics is not None:
+                    self._metrics.ended(method, code)
 
         return guarded
 

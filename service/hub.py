@@ -24,6 +24,7 @@ from tidegate.service.admission import Admission, Ticket
 from tidegate.service.errors import Failure, log_unexpected
 from tidegate.service.events import Outbox
 from tidegate.service.generation import Generation
+from tidegate.service.observe import Observer
 from tidegate.service.quarantine import Quarantine
 
 RESTART_SECONDS = 5.0
@@ -49,6 +50,8 @@ class Hub:
         self.stats = Stats()
         self.admission = admission
         self.is_draining = False
+        self.observer = Observer()
+        """Told of every request; set before the first one comes."""
         self.stopping = asyncio.Event()
         """Set when the server ends the streams that would go on for ever."""
         self._engine = engine
@@ -106,6 +109,7 @@ class Hub:
         self._generations[key] = generation
         self._tickets[generation] = ticket
         self._idle.clear()
+        self.observer.on_open(generation)
         return generation
 
     def submit(
@@ -242,6 +246,7 @@ class Hub:
             if generation := self._submitted.get(admitted.request_id):
                 self.admission.admit(self._tickets[generation])
                 generation.on_admitted(admitted)
+                self.observer.on_admitted(generation)
         reasons = {
             (finished.request_id, finished.choice): finished.reason
             for finished in output.finished
@@ -251,6 +256,7 @@ class Hub:
             if self._quarantine:
                 self._quarantine.clear(delta.request_id, delta.choice)
             if generation := self._submitted.get(delta.request_id):
+                self.observer.on_tokens(generation, delta.choice, len(delta.token_ids))
                 try:
                     if failpoints.ARMED:
                         failpoints.reach("output", delta.token_ids)
@@ -261,6 +267,7 @@ class Hub:
         # Of the stalls of those that are tried alone, nobody needs to hear.
         for progress in output.progress if self._is_told else ():
             if generation := self._submitted.get(progress.request_id):
+                self.observer.on_progress(generation, progress.choice, progress.kind)
                 generation.on_progress(progress)
         # First all last deltas, then all ends: a writer then sends the deltas of a step as one message.
         ended = [
@@ -285,6 +292,7 @@ class Hub:
     def _forget(self, generation: Generation) -> None:
         del self._generations[generation.tenant, generation.request_id]
         self.admission.end(self._tickets.pop(generation))
+        self.observer.on_end(generation)
         if generation.engine_id is not None:
             del self._submitted[generation.engine_id]
             self._quarantine.forget(generation.engine_id)

@@ -33,6 +33,9 @@ from tidegate.service.health import HealthService
 from tidegate.service.hub import Hub, draining
 from tidegate.service.inference import InferenceService
 from tidegate.service.intake import Intake
+from tidegate.service.logging import RequestLog
+from tidegate.service.metrics import Metrics
+from tidegate.service.observe import Observer, Observers
 from tidegate.service.security import Security, SecurityConfig, load_security
 from tidegate.service.session import SessionLimits, Sessions
 from tidegate.service.supervisor import Supervisor
@@ -85,6 +88,8 @@ class ServerConfig:
     insecure: bool = False
     health_port: str | None = None
     """``PORT`` or ``HOST:PORT``, by default of every interface: ``grpc.health.v1`` alone, in plaintext."""
+    metrics_port: str | None = None
+    """Likewise: HTTP, with ``/metrics`` for Prometheus."""
     max_waiting_tokens: int | None = None
     """These three are as in ``AdmissionLimits``."""
     tenant_requests: int | None = None
@@ -104,8 +109,9 @@ class ServerConfig:
             raise ConfigError("addresses must name at least one address")
         for address in self.addresses:
             check_address(address, self.insecure or self.security.is_safe_for_strangers)
-        if self.health_port is not None:
-            check_address(every_interface(self.health_port), may_be_reached=True)
+        for port in (self.health_port, self.metrics_port):
+            if port is not None:
+                check_address(every_interface(port), may_be_reached=True)
         self.admission_limits()
         if not 0 <= self.drain_grace <= MAX_DRAIN_GRACE:
             raise ConfigError(f"drain_grace must be between 0 and {MAX_DRAIN_GRACE}; got {self.drain_grace}")
@@ -143,6 +149,7 @@ class Server:
         """With the ports that were chosen for port 0."""
         self.health_addresses = health_addresses
         """Those where nothing but health is served; likewise."""
+        self.metrics_address: str | None = None
         self.engine_ended = asyncio.create_task(hub.run())
         """Fails once the engine is gone. Every request has ended by then."""
         self.is_closed = False
@@ -191,6 +198,7 @@ async def start_server(
     memory: Callable[[], float] | None = None,
     security: Security | None = None,
     health_addresses: Sequence[str] = (),
+    metrics_address: str | None = None,
     reflection_on: bool = False,
     limits: SessionLimits | None = None,
     restart: Callable[[EngineGone], Awaitable[None]] | None = None,
@@ -221,7 +229,15 @@ async def start_server(
     intake = Intake(hub, text)
     sessions = Sessions(hub, intake, limits, fingerprint)
 
-    guard = Guard(limits.stall_limit, security.authentication)
+    observers: list[Observer] = [RequestLog()]
+    metrics = None
+    if metrics_address is not None:
+        metrics = Metrics(engine.info, lambda: hub.stats, hub.admission, lambda: hub.is_draining)
+        observers.append(metrics.requests)
+    hub.observer = Observers(*observers)
+    guard = Guard(
+        limits.stall_limit, security.authentication, metrics=None if metrics is None else metrics.rpcs
+    )
     grpc_server = grpc.aio.server(interceptors=[guard], options=GRPC_OPTIONS)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(
         InferenceService(text, intake, sessions), grpc_server
@@ -244,10 +260,15 @@ async def start_server(
         opened_for_health = [
             opening.enter_context(listen(health_server, address, None)) for address in health_addresses
         ]
+        metrics_server = None
+        if metrics is not None and metrics_address is not None:
+            metrics_server = metrics.serve(metrics_address)
+            opening.callback(metrics_server.close)
         await grpc_server.start()
         await health_server.start()
         ports = opening.pop_all()
     server = Server(grpc_server, hub, sessions, health, health_server, ports, opened, opened_for_health)
+    server.metrics_address = None if metrics_server is None else metrics_server.address
     await health.set_serving(True)
     return server
 
@@ -300,6 +321,7 @@ async def _serve(
             admission=config.admission_limits(),
             security=security,
             health_addresses=[] if config.health_port is None else [every_interface(config.health_port)],
+            metrics_address=None if config.metrics_port is None else every_interface(config.metrics_port),
             reflection_on=config.reflection,
             restart=engine.restart,
         )

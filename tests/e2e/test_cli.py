@@ -46,6 +46,7 @@ SERVE_FLAGS = [
     "--max-step-tokens",
     "--max-waiting",
     "--max-waiting-tokens",
+    "--metrics-port",
     "--no-prefix-caching",
     "--park-grace",
     "--pipeline-depth",
@@ -129,7 +130,7 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
         "--host-kv-tokens 0 --preemption swap --no-prefix-caching --max-num-seqs 3 --max-step-tokens 64 "
         "--max-waiting 5 --park-grace 0.25 --pipeline-depth 1 --max-restarts 7 --hang-timeout 9 "
         "--tls-cert c --tls-key k --tls-client-ca a "
-        "--auth-tokens t --jwt-keys j --jwt-issuer i --jwt-audience u --health-port 9 "
+        "--auth-tokens t --jwt-keys j --jwt-issuer i --jwt-audience u --health-port 9 --metrics-port 8 "
         "--max-waiting-tokens 7 --tenant-requests 8 --tenant-tokens 6"
     ).split()
     assert {word for word in given if word.startswith("--")} == set(SERVE_FLAGS)
@@ -165,6 +166,7 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
             addresses=("unix:/tmp/a", "0.0.0.0:1"),
             insecure=True,
             health_port="9",
+            metrics_port="8",
             max_waiting_tokens=7,
             tenant_requests=8,
             tenant_tokens=6,

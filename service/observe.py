@@ -1,0 +1,55 @@
+"""What metrics, traces and the log are told of every request, whichever RPC it came by."""
+
+from tidegate.engine.messages import ProgressKind
+from tidegate.service.generation import Generation
+
+
+class Observer:
+    """Does nothing: override what is of use.
+
+    Called by the hub, in order, on its loop: must be quick, and must not raise.
+
+    ``on_open`` runs in the task of the RPC that brought the request, and so sees its context variables.
+    """
+
+    def on_open(self, generation: Generation) -> None:
+        """It was let in, and is not read yet."""
+
+    def on_admitted(self, generation: Generation) -> None:
+        """It left the queue and runs."""
+
+    def on_tokens(self, generation: Generation, choice: int, number: int) -> None:
+        """One step of the engine made new output of a choice."""
+
+    def on_progress(self, generation: Generation, choice: int, kind: ProgressKind) -> None:
+        """Something else happened to a choice."""
+
+    def on_end(self, generation: Generation) -> None:
+        """It is over: ``generation.end`` says how, or is None where its client left."""
+
+
+class Observers(Observer):
+    """Several, told one after the other."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def on_open(self, generation: Generation) -> None:
+        for observer in self._observers:
+            observer.on_open(generation)
+
+    def on_admitted(self, generation: Generation) -> None:
+        for observer in self._observers:
+            observer.on_admitted(generation)
+
+    def on_tokens(self, generation: Generation, choice: int, number: int) -> None:
+        for observer in self._observers:
+            observer.on_tokens(generation, choice, number)
+
+    def on_progress(self, generation: Generation, choice: int, kind: ProgressKind) -> None:
+        for observer in self._observers:
+            observer.on_progress(generation, choice, kind)
+
+    def on_end(self, generation: Generation) -> None:
+        for observer in self._observers:
+            observer.on_end(generation)
