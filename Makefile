@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WHEEL_ENV := .cache/wheel-env
+CLIENTS := kserve smg
 
 # Keeps the repository's root off sys.path, where transformers would take our kernels/ for the package
 # of that name in its ecosystem.
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos demo check test wheel-env bench simulate gpu clean
+.PHONY: help install protos demo check test wheel-env compat bench simulate gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,7 +26,7 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 
 protos: $(VENV)/.protos ## Make the gRPC stubs again where a .proto changed
 
-$(VENV)/.protos: $(wildcard protos/tidegate/*/*.proto) protos/hatch_build.py $(VENV)/.installed
+$(VENV)/.protos: $(wildcard protos/tidegate/*/*.proto protos/tidegate/compat/*/*.proto) protos/hatch_build.py $(VENV)/.installed
 	$(BIN)/python protos/hatch_build.py
 	touch $@
 
@@ -40,7 +41,7 @@ check: protos ## Lint, types, direction of imports, protos
 	$(BIN)/buf lint protos
 	$(BIN)/buf format --diff --exit-code protos
 
-test: check wheel-env ## The checks, then every test against the built wheel
+test: check wheel-env .cache/compat/kserve/.installed ## The checks, then every test against the built wheel
 	$(WHEEL_ENV)/bin/python -m pytest
 
 # An environment in which the built wheel alone provides tidegate. The .pth file lends it the libraries
@@ -52,6 +53,16 @@ wheel-env: protos
 	$(BIN)/python -m pip --python $(WHEEL_ENV) install --quiet --disable-pip-version-check --no-deps .cache/dist/*.whl
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .cache/libraries.pth
 	mv .cache/libraries.pth $(WHEEL_ENV)/lib/python3*/site-packages/
+
+compat: wheel-env $(CLIENTS:%=.cache/compat/%/.installed) ## Other people's clients against us: client, feature, result
+	$(WHEEL_ENV)/bin/python -m pytest -m '' tests/compat
+
+# Each client in an environment of its own: what they install would not go together.
+.cache/compat/%/.installed: tests/compat/%.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --requirement $<
+	touch $@
 
 bench: protos ## Offline throughput of the demo checkpoint, as JSON in .cache/
 	mkdir -p .cache

@@ -6,7 +6,8 @@ from itertools import count
 from tidegate.engine import policy
 from tidegate.engine.eviction import Eviction
 from tidegate.engine.journal import Journal
-from tidegate.engine.memory.tiers import Block, BlockManager, State
+from tidegate.engine.memory.block import Block, State
+from tidegate.engine.memory.tiers import BlockManager
 from tidegate.engine.messages import ProgressKind
 from tidegate.engine.request import Request, Violation
 from tidegate.engine.roster import Roster

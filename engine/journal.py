@@ -49,6 +49,9 @@ class Journal:
 
     def computed(self, seq: Sequence, start: int, end: int) -> None:
         """KV of positions ``[start, end)``; what lies below the sequence's high water was there before."""
+        if start >= seq.high_water and start >= seq.num_prompt:
+            seq.high_water = end
+            return
         again = max(0, min(end, seq.high_water) - start)
         seq.num_recomputed += again
         self.stats.recomputed_tokens += again

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 
-from tidegate.engine.memory.tiers import BlockTable
+from tidegate.engine.memory.block import BlockTable
 from tidegate.engine.request import Parent
 from tidegate.engine.sequence import Sequence, Status
 
@@ -87,6 +87,7 @@ class Roster:
         seq.status = Status.RUNNING
         seq.row = self.rows.pop()
         seq.row_blocks = -1
+        seq.reserved = 0
         insort(self.running, seq, key=lambda s: s.order)
 
     def leave(self, seq: Sequence) -> None:

@@ -34,12 +34,10 @@ from tidegate.engine.messages import (
 )
 from tidegate.engine.request import FinishReason
 from tidegate.engine.roster import Roster
-from tidegate.engine.sequence import Sequence, Status
+from tidegate.engine.sequence import MAX_STEP_FAILURES, Sequence, Status
 from tidegate.engine.step import Chunk, RowSetup, StepPlan, StepResult
 
 __all__ = ["Limits", "ScheduledStep", "Scheduler"]
-
-MAX_STEP_FAILURES = 3
 
 Sample = tuple[int, bool, PositionLogprobs | None]
 """A sampled token: its id, whether its logits were finite, and what was asked for beside it."""
@@ -236,8 +234,8 @@ class Scheduler:
         stats.waiting = sum(seq.status is Status.WAITING for seq in sequences)
         stats.device = TierStats(manager.device.num_blocks, manager.device.num_free, manager.num_reclaimable)
         stats.host = TierStats(manager.host.num_blocks, manager.host.num_free, manager.num_host_reclaimable)
-        stats.swap_out_bytes = manager.copied_out * self._limits.block_bytes
-        stats.swap_in_bytes = manager.copied_in * self._limits.block_bytes
+        stats.swap_out_bytes = manager.stats.copied_out.total() * self._limits.block_bytes
+        stats.swap_in_bytes = manager.stats.copied_in.total() * self._limits.block_bytes
         return stats
 
     def check_integrity(self) -> None:
@@ -250,14 +248,14 @@ class Scheduler:
     def _plan_suspect(self, step: ScheduledStep) -> bool:
         """One sequence whose steps keep failing gets its last chance alone, so that no other pays for it."""
         for seq in list(self._roster.running):
-            is_suspect = seq.failures == MAX_STEP_FAILURES - 1 and self._may_run(seq)
-            if is_suspect and self._schedule(step, seq, self._limits.max_step_tokens):
+            is_next = seq.is_suspect and self._may_run(seq)
+            if is_next and self._schedule(step, seq, self._limits.max_step_tokens):
                 return True
         return False
 
     def _plan_decodes(self, step: ScheduledStep) -> None:
         for seq in list(self._roster.running):
-            if self._may_run(seq) and seq.num_unscheduled == 1:
+            if seq.num_unscheduled == 1 and self._may_run(seq) and not seq.is_suspect:
                 self._schedule(step, seq, 1)
 
     def _plan_prefills(self, step: ScheduledStep, budget: int) -> int:
@@ -265,7 +263,7 @@ class Scheduler:
             if seq.num_unscheduled > 1:
                 # A long prompt must not use up every step's budget before the more urgent get in.
                 budget = self._admit(step, budget, above=seq.request.priority)
-                if budget > 0 and self._may_run(seq):
+                if budget > 0 and self._may_run(seq) and not seq.is_suspect:
                     budget -= self._schedule(step, seq, budget)
         return budget
 
@@ -279,8 +277,13 @@ class Scheduler:
             seq = ready[0]
             if seq.request.priority <= above or not admission.find_row(seq) or not admission.enter(seq):
                 break
+            if seq.is_suspect and step.plan.chunks:
+                # It has its row, and the next step.
+                continue
             if seq.table.is_ready:
                 budget -= self._schedule(step, seq, budget)
+            if seq.is_suspect:
+                return 0
         return budget
 
     @staticmethod
@@ -290,12 +293,14 @@ class Scheduler:
 
     def _schedule(self, step: ScheduledStep, seq: Sequence, budget: int) -> int:
         """Add the sequence's next positions to the step; how many they are, 0 without room for them."""
-        start, amount = seq.num_scheduled, min(seq.num_unscheduled, budget)
-        if not self._make_room(seq, start + amount):
+        start, left = seq.num_scheduled, seq.num_unscheduled
+        amount = min(left, budget)
+        if start + amount > seq.reserved and not self._make_room(seq, start + amount):
             return 0
         plan = step.plan
-        self._update_row(plan, seq)
-        samples = amount == seq.num_unscheduled
+        if seq.row_blocks != len(seq.table.blocks):
+            self._update_row(plan, seq)
+        samples = amount == left
         plan.chunks.append(Chunk(seq.row, start, amount, samples))
         step.members.append((seq, seq.generation))
         seq.num_scheduled += amount
@@ -332,6 +337,7 @@ class Scheduler:
                 return False
             self._num_displaced += 1
             self._eviction.preempt(victim)
+        seq.reserved = len(seq.table.blocks) * self._manager.block_size
         return True
 
     # What a step gave

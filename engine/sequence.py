@@ -6,6 +6,7 @@ Positions of a sequence, as half-open intervals::
     [table.num_tokens, num_scheduled)       under way in launched steps
     [0, len(tokens))                        tokens known: the prompt and confirmed output
     [len(tokens), len(tokens) + pending)    tokens that launched steps will sample
+    [num_scheduled, reserved)               may be scheduled without asking for blocks
 
 ``num_scheduled <= len(tokens) + pending`` always; a sequence with one position left to schedule is
 decoding, one with more is in prefill, whether for the first time or again.
@@ -15,9 +16,11 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from tidegate.engine.memory.tiers import BlockTable
+from tidegate.engine.memory.block import BlockTable
 from tidegate.engine.policy import Candidate
 from tidegate.engine.request import FinishReason, Request
+
+MAX_STEP_FAILURES = 3
 
 
 class Status(StrEnum):
@@ -48,7 +51,9 @@ class Sequence:
     max_output: int
     emit_upto: float = math.inf
     status: Status = Status.WAITING
+    num_prompt: int = field(init=False)
     num_scheduled: int = 0
+    reserved: int = 0
     pending: int = 0
     in_flight: int = 0
     """Launched steps that have not been collected."""
@@ -72,9 +77,8 @@ class Sequence:
     started_at: float | None = None
     first_token_at: float | None = None
 
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.request.prompt_token_ids)
 
     @property
     def num_output(self) -> int:
@@ -87,17 +91,23 @@ class Sequence:
     @property
     def may_sample(self) -> bool:
         """Whether the next token may be produced: credit and length allow it."""
-        return self.num_output + self.pending < min(self.emit_upto, self.max_output)
+        ahead = len(self.tokens) - self.num_prompt + self.pending
+        return ahead < self.max_output and ahead < self.emit_upto
 
     @property
     def is_out_of_credit(self) -> bool:
         """Whether nothing but credit is missing for the next token."""
-        return self.num_output + self.pending >= self.emit_upto
+        return len(self.tokens) - self.num_prompt + self.pending >= self.emit_upto
 
     @property
     def order(self) -> tuple[int, bool, int]:
         """Who goes first: high priority, then those that have started, then first come."""
         return (-self.request.priority, self.started_at is None, self.arrival)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether its steps keep failing: one more, and it is the one that breaks them."""
+        return self.failures == MAX_STEP_FAILURES - 1
 
     def candidate(self, step_id: int) -> Candidate:
         return Candidate(
@@ -123,6 +133,7 @@ class Sequence:
         """
         self.generation += 1
         self.num_scheduled = self.table.num_tokens
+        self.reserved = 0
         self.pending = 0
         self.in_flight = 0
         self.row_blocks = min(self.row_blocks, len(self.table.blocks))

@@ -97,6 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
 def serve(args: argparse.Namespace) -> int:
     """Exit status 1 where the start cannot work; the reason is the log's last line."""
     given = {name: value for name, value in vars(args).items() if value is not None}
+    if "protocols" in given:
+        given["protocols"] = tuple(name for name in given["protocols"].split(",") if name)
     if "addresses" in given:
         given["addresses"] = tuple(given["addresses"])
     engine = EngineConfig(**{name: given[name] for name in EngineConfig.__struct_fields__ if name in given})
@@ -113,7 +115,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, summary: str, **options: Any) -> None:
         shown = _DEFAULTS[name]
         if isinstance(shown, tuple):
-            shown = ", ".join(shown)
+            shown = ",".join(shown)
         if shown is not None and not isinstance(shown, bool):
             summary = f"{summary} (default: {shown})"
         parser.add_argument(_FLAG_OF[name], dest=name, help=summary, default=None, **options)
@@ -141,6 +143,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
     )
     add("hang_timeout", "seconds without progress after which the engine is killed", type=float, metavar="S")
+    add("protocols", "other people's protocols to speak too; '' for none", metavar="NAMES")
     add("drain_grace", "seconds that requests may take to finish after SIGTERM", type=float, metavar="S")
     add("log_format", "for a person or for a machine", choices=("console", "json"))
     add("device", "where the model runs", choices=DEVICES)

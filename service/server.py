@@ -26,6 +26,7 @@ from tidegate.engine.process import ProcessClient
 from tidegate.engine.text import Text
 from tidegate.service.addresses import check_address, every_interface, listen
 from tidegate.service.admission import Admission, AdmissionLimits
+from tidegate.service.compat.protocols import PROTOCOLS, Compat, add_protocols
 from tidegate.service.control import ControlService
 from tidegate.service.errors import log_unexpected
 from tidegate.service.guard import Guard
@@ -99,6 +100,8 @@ class ServerConfig:
     """Of the engine process, within five minutes; 0: none, and its end is the server's."""
     hang_timeout: float = 60.0
     """Seconds without progress after which the engine process is killed; more than its longest step takes."""
+    protocols: tuple[str, ...] = PROTOCOLS
+    """Other people's, served beside ``tidegate.v1``."""
     drain_grace: float = 30.0
     """Seconds that requests under way may take to finish after SIGTERM or SIGINT."""
     log_format: LogFormat = "console"
@@ -113,6 +116,10 @@ class ServerConfig:
             if port is not None:
                 check_address(every_interface(port), may_be_reached=True)
         self.admission_limits()
+        for protocol in self.protocols:
+            if protocol not in PROTOCOLS:
+                known = ", ".join(PROTOCOLS)
+                raise ConfigError(f"protocols must be of {known}, or none at all; got {protocol!r}")
         if not 0 <= self.drain_grace <= MAX_DRAIN_GRACE:
             raise ConfigError(f"drain_grace must be between 0 and {MAX_DRAIN_GRACE}; got {self.drain_grace}")
         if self.max_restarts < 0:
@@ -200,6 +207,7 @@ async def start_server(
     health_addresses: Sequence[str] = (),
     metrics_address: str | None = None,
     reflection_on: bool = False,
+    compat: Compat | None = None,
     limits: SessionLimits | None = None,
     restart: Callable[[EngineGone], Awaitable[None]] | None = None,
 ) -> Server:
@@ -239,6 +247,9 @@ async def start_server(
         limits.stall_limit, security.authentication, metrics=None if metrics is None else metrics.rpcs
     )
     grpc_server = grpc.aio.server(interceptors=[guard], options=GRPC_OPTIONS)
+    if compat is not None:
+        services += add_protocols(grpc_server, compat, intake, hub)
+    health = HealthService(services)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(
         InferenceService(text, intake, sessions), grpc_server
     )
@@ -313,6 +324,7 @@ async def serve(config: ServerConfig) -> int:
 async def _serve(
     config: ServerConfig, security: Security, engine: Supervisor, text: Text, stopping: asyncio.Task[None]
 ) -> int:
+    folder = await asyncio.to_thread(resolve, config.engine.model)
     try:
         server = await start_server(
             engine,
@@ -324,6 +336,7 @@ async def _serve(
             metrics_address=None if config.metrics_port is None else every_interface(config.metrics_port),
             reflection_on=config.reflection,
             restart=engine.restart,
+            compat=Compat(config.protocols, folder, config.engine.max_num_seqs),
         )
     except ConfigError as error:
         _log.error("cannot start", reason=str(error))

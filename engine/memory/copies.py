@@ -7,7 +7,22 @@ manager, so nobody else writes to it or gives it away meanwhile.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple, Protocol
+
+
+class Reason(StrEnum):
+    """What a copy is for."""
+
+    PREEMPT = "preempt"
+    PARK = "park"
+    AHEAD = "ahead"
+    """Of what is likely to have to leave the device soon."""
+    DEMOTE = "demote"
+    """Of a prefix that has been of use, before its device slot goes to somebody else."""
+    RESUME = "resume"
+    PREFIX = "prefix"
+    """Of a prefix that a new sequence begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +38,8 @@ class CopyOp:
 class Completion(NamedTuple):
     ticket: int
     ok: bool
+    seconds: float = 0.0
+    """This block's share of the time that its copy took."""
 
 
 class Transfer(Protocol):

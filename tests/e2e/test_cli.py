@@ -51,6 +51,7 @@ SERVE_FLAGS = [
     "--park-grace",
     "--pipeline-depth",
     "--preemption",
+    "--protocols",
     "--reflection",
     "--tenant-requests",
     "--tenant-tokens",
@@ -131,7 +132,7 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
         "--max-waiting 5 --park-grace 0.25 --pipeline-depth 1 --max-restarts 7 --hang-timeout 9 "
         "--tls-cert c --tls-key k --tls-client-ca a "
         "--auth-tokens t --jwt-keys j --jwt-issuer i --jwt-audience u --health-port 9 --metrics-port 8 "
-        "--max-waiting-tokens 7 --tenant-requests 8 --tenant-tokens 6"
+        "--protocols vllm --max-waiting-tokens 7 --tenant-requests 8 --tenant-tokens 6"
     ).split()
     assert {word for word in given if word.startswith("--")} == set(SERVE_FLAGS)
     assert cli.main(["serve", "m", *given]) == 0
@@ -171,6 +172,7 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
             tenant_requests=8,
             tenant_tokens=6,
             reflection=True,
+            protocols=("vllm",),
             max_restarts=7,
             hang_timeout=9.0,
             drain_grace=3.0,
@@ -186,6 +188,7 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
         (["serve", "demo", "--listen", "0.0.0.0:1"], "--insecure"),
         (["serve", "demo", "--tls-cert", "c.pem"], "--tls-cert needs tls_key"),
         (["serve", "demo", "--health-port", "here"], "HOST:PORT"),
+        (["serve", "demo", "--protocols", "thrift"], "--protocols must be of kserve, vllm"),
         (["serve", "demo", "--tenant-tokens", "0"], "--tenant-tokens must be at least 1"),
         (["generate", "x", "--model", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["generate", "x", "--server", "unix:/no/socket"], "start one with: tidegate serve demo"),

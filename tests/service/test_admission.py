@@ -1,6 +1,7 @@
 """What a client sees of admission: refusals before headers, quotas, and when to come back."""
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class Arrivals:
 
     @property
     def pauses(self) -> list[float]:
-        return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
+        return [later - earlier for earlier, later in itertools.pairwise(self.times)]
 
 
 def retrying_channel(front: Front, attempts: int) -> grpc.aio.Channel:

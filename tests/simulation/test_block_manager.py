@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 import pytest
 from block_manager_model import BlockManagerModel, Violation, chooser, run_episode, run_random
 
+from tidegate.engine.memory.block import TRANSITIONS, Block, BlockTable
 from tidegate.engine.memory.pool import BlockPool
-from tidegate.engine.memory.tiers import TRANSITIONS, Block, BlockManager, BlockTable
+from tidegate.engine.memory.store import BlockStore
+from tidegate.engine.memory.tiers import BlockManager
 
 NUM_RULES = int(os.environ.get("BLOCK_MANAGER_RULES", "200000"))
 """The goal of a release is 10 million, without a violation: a quarter of an hour on an idle core."""
@@ -33,7 +35,7 @@ def test_nothing_is_lost_while_copies_succeed_and_the_host_tier_has_room(seed: i
     rng = random.Random(seed)
     model = BlockManagerModel(chooser(rng), block_size=2, device_blocks=8, host_blocks=64, copies_fail=False)
     run_episode(model, rng, f"seed {seed}")
-    assert model.manager.copied_in > 0
+    assert model.manager.stats.copied_in.total() > 0
     assert model.truncations == 0
 
 
@@ -52,25 +54,25 @@ def without_fence(patch: pytest.MonkeyPatch) -> None:
 
 def without_pin(patch: pytest.MonkeyPatch) -> None:
     """A block that is being written back counts as evictable."""
-    settle = BlockManager._settle
+    settle = BlockStore.settle
 
-    def unpinned(self: BlockManager, block: Block) -> None:
+    def unpinned(self: BlockStore, block: Block) -> None:
         settle(self, block)
-        if block.copy is not None and block.copy.to_host and self._draining.pop(block, block) is None:
-            self._evictable[block] = None
+        if block.copy is not None and block.copy.to_host and self.shelves.draining.pop(block, block) is None:
+            self.shelves.evictable[block] = None
 
-    patch.setattr(BlockManager, "_settle", unpinned)
+    patch.setattr(BlockStore, "settle", unpinned)
 
 
 def without_losing(patch: pytest.MonkeyPatch) -> None:
     """Those who wait for a load that fails are not told."""
-    lose = BlockManager._lose
+    lose = BlockStore._lose
 
-    def keep(self: BlockManager, block: Block) -> None:
+    def keep(self: BlockStore, block: Block) -> None:
         if block.device is not None:
             lose(self, block)
 
-    patch.setattr(BlockManager, "_lose", keep)
+    patch.setattr(BlockStore, "_lose", keep)
 
 
 def with_valid_len_of_a_full_block(patch: pytest.MonkeyPatch) -> None:
@@ -88,24 +90,24 @@ def with_valid_len_of_a_full_block(patch: pytest.MonkeyPatch) -> None:
 
 def with_stale_valid_len_of_a_write_back(patch: pytest.MonkeyPatch) -> None:
     """A write-back that ends claims what the device holds by now, not what it copied."""
-    end = BlockManager._end_write_back
+    end = BlockStore._end_write_back
 
-    def claim(self: BlockManager, block: Block, copy: object, ok: bool) -> None:
+    def claim(self: BlockStore, block: Block, copy: object, ok: bool) -> None:
         end(self, block, copy, ok)  # type: ignore[arg-type]
         if ok and block.host is not None and block.device is not None:
             block.host.valid_len = block.device.valid_len
 
-    patch.setattr(BlockManager, "_end_write_back", claim)
+    patch.setattr(BlockStore, "_end_write_back", claim)
 
 
 def with_double_give(patch: pytest.MonkeyPatch) -> None:
     """A slot goes back to its pool and stays in its block as well."""
 
-    def give_and_keep(self: BlockManager, block: Block) -> None:
+    def give_and_keep(self: BlockStore, block: Block) -> None:
         if block.host is not None:
             self.host.give(block.host.index)
 
-    patch.setattr(BlockManager, "_give_host", give_and_keep)
+    patch.setattr(BlockStore, "_give_host", give_and_keep)
 
 
 def with_unguarded_double_give(patch: pytest.MonkeyPatch) -> None:
@@ -135,16 +137,16 @@ def with_repeated_reports_taken(patch: pytest.MonkeyPatch) -> None:
     """A second report of a ticket ends whatever copy its block has under way by then."""
     owners: dict[int, Block] = {}
 
-    def poll(self: BlockManager) -> None:
-        owners.update(self._copies)
-        for ticket, ok in self._transfer.poll():
-            self._copies.pop(ticket, None)
+    def poll(self: BlockStore) -> None:
+        owners.update(self.copies)
+        for ticket, ok, _ in self._transfer.poll():
+            self.copies.pop(ticket, None)
             block = owners[ticket]
             if block.copy is not None:
                 (self._end_write_back if block.copy.to_host else self._end_load)(block, block.copy, ok)
-                self._settle(block)
+                self.settle(block)
 
-    patch.setattr(BlockManager, "poll", poll)
+    patch.setattr(BlockStore, "poll", poll)
 
 
 def without_copy_on_write(patch: pytest.MonkeyPatch) -> None:
@@ -171,7 +173,7 @@ def with_a_source_let_go_at_once(patch: pytest.MonkeyPatch) -> None:
         copies, table.fence = launched(self, table, step_id), 0
         if copies and table.source is not None:
             source, table.source = table.source, None
-            self._let_go(source, table)
+            self._store.let_go(source, table)
         table.fence = step_id
         return copies
 
@@ -188,7 +190,7 @@ def with_a_failed_copy_kept(patch: pytest.MonkeyPatch) -> None:
             tail = table.blocks[table.num_tokens // self.block_size].device
             if tail is not None:
                 tail.valid_len = table.num_tokens % self.block_size
-            self._let_go(source, table)
+            self._store.let_go(source, table)
         trim(self, table)
 
     patch.setattr(BlockManager, "trim", keep)
@@ -196,7 +198,7 @@ def with_a_failed_copy_kept(patch: pytest.MonkeyPatch) -> None:
 
 def without_cutting(patch: pytest.MonkeyPatch) -> None:
     """What lies behind the point from which a table goes on counts as before."""
-    patch.setattr(BlockManager, "_cut", lambda self, block, valid_len: None)
+    patch.setattr(BlockStore, "cut", lambda self, block, valid_len: None)
 
 
 FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [

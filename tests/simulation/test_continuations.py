@@ -213,3 +213,21 @@ def test_choices_behind_one_that_is_cancelled_compute_the_prompt_once(depth):
     assert sum(len(out.finished) for out in outputs) == 4
     # One position each: the last of the prompt gives each choice its first token.
     assert world.core.stats().prompt_tokens <= 30 + 3 + 4
+
+
+@pytest.mark.parametrize("grace", [0.0, 1e9], ids=["parked", "within its grace"])
+def test_a_stream_that_waits_for_credit_and_its_branch_go_on_apart(depth, grace):
+    """The branch writes first into the block that both end in."""
+    world = World(1, depth=depth, park_grace=grace, prefix_caching=False)
+    parent = request("parent", 6, 20, emit_upto=5)
+    submit(world, parent)
+    outputs = step(world, 20)
+    transcript = parent.prompt_token_ids + tokens(outputs, "parent")
+    branch = request("branch", prompt=[*transcript, 48], max_tokens=8, parent=Parent("parent"))
+    submit(world, branch)
+    outputs += step(world, 6)
+    world.core.handle(Limit("parent", 20))
+    outputs += step(world, 40)
+    assert admitted(outputs, "branch").cached_device_tokens == 10
+    assert tokens(outputs, "branch") == expected_tokens(branch, 0, 8)
+    assert tokens(outputs, "parent") == expected_tokens(parent, 0, 20)

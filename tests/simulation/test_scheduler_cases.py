@@ -10,6 +10,7 @@ from world import Faults, World, expected_tokens
 from tidegate.engine.llm import LLM
 from tidegate.engine.messages import Finish, Limit
 from tidegate.engine.request import FinishReason, InvalidRequest, SamplingParams
+from tidegate.engine.scheduler import Scheduler
 from tidegate.engine.step import StepPlan, StepResult
 
 
@@ -51,6 +52,28 @@ def test_a_request_that_breaks_every_step_fails_alone(depth, monkeypatch):
     for one in good:
         assert ended[one.id].reason is FinishReason.MAX_TOKENS
         assert tokens(outputs, one.id) == expected_tokens(one, 0, 20)
+
+
+def test_the_last_step_that_a_broken_request_breaks_is_its_own(depth, monkeypatch):
+    """Also where it was preempted between its failures, and comes back among others."""
+    monkeypatch.setattr(worlds, "FakeRunner", BreakingRunner)
+    broken = []
+    fail = Scheduler.fail
+    monkeypatch.setattr(
+        Scheduler, "fail", lambda self, step, error: (broken.append(step), fail(self, step, error))
+    )
+    world = World(3, depth=depth, device_blocks=60, preemption="swap", faults=Faults(step_fails=1e-12))
+    good = [request(f"good {i}", 4, 40) for i in range(3)]
+    submit(world, *good, request("poison", prompt=[POISON_TOKEN, 1, 2]))
+    outputs = []
+    for _ in range(20):
+        outputs += step(world, 1)
+        world.core.scheduler.preempt("poison")
+    outputs += step(world, 120)
+    assert ends(outputs)["poison"].error == "STEP_FAILED"
+    assert [seq.request.id for seq, _ in broken[-1].members] == ["poison"]
+    for one in good:
+        assert tokens(outputs, one.id) == expected_tokens(one, 0, 40)
 
 
 def test_a_step_that_fails_before_its_rows_are_set_up_changes_no_token(monkeypatch):

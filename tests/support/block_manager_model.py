@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from fake_transfer import POISON, FakeTransfer
 
+from tidegate.engine.memory.block import TRANSITIONS, Block, BlockTable, Event, Slot, State
 from tidegate.engine.memory.prefix import BlockHasher
-from tidegate.engine.memory.tiers import TRANSITIONS, Block, BlockManager, BlockTable, Event, Slot, State
+from tidegate.engine.memory.tiers import BlockManager
 
 T = TypeVar("T")
 
@@ -112,6 +113,7 @@ class BlockManagerModel:
         block_size: int,
         device_blocks: int,
         host_blocks: int,
+        host_quota: int | None = None,
         copies_fail: bool = True,
         walk: bool = True,
     ) -> None:
@@ -126,6 +128,7 @@ class BlockManagerModel:
             block_size=block_size,
             device_blocks=device_blocks,
             host_blocks=host_blocks,
+            host_quota=host_quota,
             transfer=self.transfer,
             hasher=BlockHasher("model", block_size, secret=b"secret"),
             observer=self.observe,
@@ -600,6 +603,7 @@ def run_random(num_rules: int, *, walk: bool = True) -> Totals:
             block_size=rng.choice((1, 2, 4)),
             device_blocks=rng.choice((3, 5, 8, 12)),
             host_blocks=rng.choice((0, 2, 4, 16)),
+            host_quota=rng.choice((None, 0, 3)),
             walk=walk,
         )
         run_episode(model, rng, f"seed {seed}")

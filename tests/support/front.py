@@ -18,7 +18,7 @@ from tidegate.service.server import Server, start_server
 from tidegate.service.session import SessionLimits
 from tidegate.v1 import control_pb2_grpc, inference_pb2_grpc, session_pb2
 
-SECONDS = 10.0
+SECONDS = 30.0
 """No wait of a test takes longer, unless something hangs."""
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tidegate.engine.core import EngineCore
+from tidegate.engine.memory.block import TRANSITIONS, Block, Event, State
 from tidegate.engine.memory.copies import Completion, CopyOp
 from tidegate.engine.memory.prefix import BlockHasher
-from tidegate.engine.memory.tiers import TRANSITIONS, Block, BlockManager, Event, State
+from tidegate.engine.memory.tiers import BlockManager
 from tidegate.engine.messages import EngineInfo
 from tidegate.engine.request import Request
 from tidegate.engine.scheduler import Limits, Scheduler

@@ -15,7 +15,7 @@ from laboratory.machines import Clock, Device, Link, Machine
 from tidegate.engine import policy
 from tidegate.engine.core import EngineCore
 from tidegate.engine.memory.prefix import BlockHasher
-from tidegate.engine.memory.tiers import BlockManager, BlockTable
+from tidegate.engine.memory.tiers import BlockManager
 from tidegate.engine.messages import EngineInfo, Limit, ProgressKind, StepOutput, Submit
 from tidegate.engine.scheduler import Limits, Scheduler
 
@@ -23,9 +23,6 @@ HOST_TIER = 4
 """Size of the host tier, in device tiers."""
 
 LONGEST = 32_768
-
-FEW_BLOCKS = 4
-"""Preemptions of sequences with fewer full blocks do not count for the share that was clean."""
 
 FAR = 1 << 30
 
@@ -40,20 +37,6 @@ class Variant:
     rules: Mapping[str, Any] = field(default_factory=dict)
     """Names in ``policy``."""
     host_tier: int = HOST_TIER
-
-
-class WatchedManager(BlockManager):
-    """Counts how much of a preempted sequence the host held already."""
-
-    full = 0
-    clean = 0
-
-    def suspend(self, table: BlockTable) -> None:
-        blocks = table.blocks[: table.num_tokens // self.block_size]
-        if table not in self._parked and len(blocks) >= FEW_BLOCKS:
-            self.full += len(blocks)
-            self.clean += sum(block.is_clean for block in blocks)
-        super().suspend(table)
 
 
 @dataclass(frozen=True)
@@ -93,7 +76,7 @@ class Trial:
         self._block_size = machine.block_size
         link = Link(machine, self.clock)
         device_blocks = load.device_tokens // machine.block_size
-        self.manager = WatchedManager(
+        self.manager = BlockManager(
             block_size=machine.block_size,
             device_blocks=device_blocks,
             host_blocks=variant.host_tier * device_blocks,
@@ -202,8 +185,8 @@ class Trial:
             bytes_out=stats.swap_out_bytes,
             bytes_in=stats.swap_in_bytes,
             recomputed=stats.recomputed_tokens,
-            full_blocks=self.manager.full,
-            clean_blocks=self.manager.clean,
+            full_blocks=self.manager.stats.preempted_full,
+            clean_blocks=self.manager.stats.preempted_clean,
             steps=stats.steps,
         )
 

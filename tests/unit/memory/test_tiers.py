@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import pytest
 from fake_transfer import FakeTransfer
 
+from tidegate.engine.memory.block import BlockTable, Event, State
+from tidegate.engine.memory.copies import Reason
 from tidegate.engine.memory.prefix import BlockHasher
-from tidegate.engine.memory.tiers import MAX_COPY_FAILURES, BlockManager, BlockTable, Event, State
+from tidegate.engine.memory.store import MAX_COPY_FAILURES
+from tidegate.engine.memory.tiers import BlockManager
 
 SIZE = 2
 
@@ -14,13 +17,14 @@ SIZE = 2
 class Rig:
     """A manager over a fake copy engine, and the moves that tests make of it."""
 
-    def __init__(self, device: int, host: int, *, caches: bool = True) -> None:
+    def __init__(self, device: int, host: int, *, caches: bool = True, host_quota: int | None = None) -> None:
         self.transfer = FakeTransfer(device, host, SIZE)
         self.events: list[Event] = []
         self.manager = BlockManager(
             block_size=SIZE,
             device_blocks=device,
             host_blocks=host,
+            host_quota=host_quota,
             transfer=self.transfer,
             hasher=BlockHasher("model", SIZE, b"secret") if caches else None,
             observer=lambda block, event, before, after: self.events.append(event),
@@ -182,7 +186,7 @@ def test_a_suspended_sequence_whose_slots_nobody_took_comes_back_without_a_copy(
     rig.park(table)
     rig.manager.resume(table)
     assert table.is_ready
-    assert rig.manager.copied_in == 0
+    assert rig.manager.stats.copied_in.total() == 0
 
 
 def test_a_clean_sequence_is_preempted_without_a_copy() -> None:
@@ -213,7 +217,7 @@ def test_evicted_blocks_are_loaded_and_the_table_waits_for_all_of_them() -> None
     rig.transfer.finish(first, ok=True)
     rig.manager.poll()
     assert table.is_ready
-    assert rig.manager.copied_in == 2
+    assert rig.manager.stats.copied_in.total() == 2
     rig.check()
 
 
@@ -378,7 +382,7 @@ def test_a_report_that_comes_twice_counts_once() -> None:
     rig.transfer.report_again(1, ok=False)
     rig.manager.poll()
     assert states(table) == [State.CLEAN]
-    assert rig.manager.copied_out == 1
+    assert rig.manager.stats.copied_out.total() == 1
     rig.check()
 
 
@@ -750,16 +754,121 @@ def test_where_the_host_is_full_the_longest_parked_gives_up_its_tail() -> None:
     rig.check()
 
 
-def test_a_parked_table_displaces_nobody_and_one_that_is_wanted_back_is_safe() -> None:
-    rig = Rig(12, 2)
-    first, second = rig.run([1, 2, 3, 4]), rig.run([5, 6])
-    rig.manager.park(first)
-    rig.park(first)
-    rig.manager.park(second)
-    rig.park(second)
-    assert (first.num_tokens, second.num_tokens) == (4, 0)
-    rig.manager.unpark(first)
-    third = rig.run([7, 8])
-    rig.park(third)
-    assert (first.num_tokens, third.num_tokens) == (4, 0)
+def leased(rig: Rig, tokens: Sequence[int], tenant: str = "t") -> BlockTable:
+    """A table of a sequence that has ended, written to the host as far as there is room."""
+    table = rig.run(tokens, tenant)
+    rig.manager.park(table)
+    rig.manager.suspend(table)
+    rig.copy_all()
     rig.check()
+    return table
+
+
+def test_of_parked_tables_the_last_one_stays() -> None:
+    rig = Rig(12, 3)
+    first = leased(rig, [1, 2, 3, 4])
+    second = leased(rig, [5, 6, 7, 8])
+    assert (first.num_tokens, second.num_tokens) == (2, 4)
+    rig.manager.park(first)
+    third = leased(rig, [9, 10])
+    assert (first.num_tokens, second.num_tokens, third.num_tokens) == (2, 2, 2)
+
+
+def test_a_table_that_is_wanted_back_is_safe_from_those_that_are_parked() -> None:
+    rig = Rig(12, 2)
+    wanted = leased(rig, [1, 2, 3, 4])
+    rig.manager.unpark(wanted)
+    assert leased(rig, [5, 6]).num_tokens == 0
+    assert wanted.num_tokens == 4
+
+
+def test_what_a_tenant_has_parked_beyond_its_quota_goes_before_what_others_have_within() -> None:
+    rig = Rig(16, 4, host_quota=2)
+    modest = leased(rig, [1, 2, 3, 4], "modest")
+    older, newer = leased(rig, [5, 6], "greedy"), leased(rig, [7, 8], "greedy")
+    assert rig.manager.num_parked("greedy") == 2
+    third = leased(rig, [9, 10], "greedy")
+    assert [t.num_tokens for t in (modest, older, newer, third)] == [4, 0, 2, 2]
+    # Nobody is beyond: now the one parked longest ago makes way for a sequence that is to run.
+    runner = rig.run([11, 12])
+    rig.park(runner)
+    assert [t.num_tokens for t in (modest, older, newer, third, runner)] == [2, 0, 2, 2, 2]
+    assert rig.manager.take_truncated() == {modest, older}
+
+
+def test_a_tenant_alone_beyond_its_quota_keeps_what_fits_and_displaces_only_itself() -> None:
+    rig = Rig(16, 4, host_quota=2)
+    modest = leased(rig, [1, 2, 3, 4], "modest")
+    greedy = leased(rig, list(range(10, 18)), "greedy")
+    assert (modest.num_tokens, greedy.num_tokens) == (4, 4)
+
+
+def test_blocks_that_parked_tables_share_count_once() -> None:
+    rig = Rig(16, 16, host_quota=3)
+    first = leased(rig, [1, 2, 3, 4, 5])
+    branch = rig.manager.fork(first, 5)
+    rig.tables.append(branch)
+    rig.manager.park(branch)
+    assert rig.manager.num_parked("t") == 3
+    rig.release(first)
+    assert rig.manager.num_parked("t") == 3
+    rig.manager.truncate(branch, 2)
+    assert rig.manager.num_parked("t") == 1
+    rig.release(branch)
+    assert rig.manager.num_parked("t") == 0
+    rig.check()
+
+
+def test_a_tail_that_others_hold_too_is_given_up_only_where_nothing_better_is_parked() -> None:
+    """It would free nothing."""
+    rig = Rig(16, 3)
+    shared = leased(rig, [1, 2])
+    branch = rig.manager.fork(shared, 2)
+    rig.tables.append(branch)
+    rig.manager.park(branch)
+    alone = leased(rig, [3, 4, 5, 6])
+    rig.park(rig.run([7, 8]))
+    assert [t.num_tokens for t in (shared, branch, alone)] == [2, 2, 2]
+
+
+# What it counts
+
+
+def test_swaps_are_counted_by_what_they_are_for() -> None:
+    rig = Rig(8, 8)
+    preempted = rig.run([1, 2, 3, 4])
+    rig.manager.write_ahead(preempted.blocks[:1], 1)
+    rig.copy_all()
+    rig.park(preempted)
+    lease = leased(rig, [5, 6])
+    rig.release(rig.run([9] * 16))
+    rig.manager.resume(preempted)
+    rig.copy_all()
+    rig.release(lease)
+    rig.admit([5, 6, 7])
+    rig.copy_all()
+    stats = rig.manager.stats
+    assert stats.copied_out == {Reason.AHEAD: 1, Reason.PREEMPT: 1, Reason.PARK: 1}
+    assert stats.copied_in == {Reason.RESUME: 2, Reason.PREFIX: 1}
+    assert (stats.host_hits_resumed, stats.host_hits_prefix) == (4, 2)
+    assert stats.thrash == 3
+
+
+def test_what_was_clean_when_it_was_preempted_is_counted_for_sequences_of_some_length() -> None:
+    rig = Rig(16, 16)
+    rig.park(rig.run([1, 2]))
+    table = rig.run(list(range(11)))
+    rig.manager.write_ahead(table.blocks[:3], 3)
+    rig.copy_all()
+    rig.park(table)
+    leased(rig, list(range(20, 30)))
+    assert (rig.manager.stats.preempted_full, rig.manager.stats.preempted_clean) == (5, 3)
+
+
+def test_blocks_are_counted_by_state() -> None:
+    rig = Rig(8, 8)
+    table = rig.run([1, 2, 3])
+    rig.manager.reserve(table, 5)
+    assert +rig.manager.stats.states == {State.DIRTY: 2, State.RESERVED: 1}
+    rig.park(table)
+    assert +rig.manager.stats.states == {State.CLEAN: 2}

@@ -29,10 +29,15 @@ class BlockManagerMachine(RuleBasedStateMachine):
         block_size=st.sampled_from((1, 2, 4)),
         device_blocks=st.sampled_from((3, 5, 8)),
         host_blocks=st.sampled_from((0, 2, 4)),
+        host_quota=st.sampled_from((None, 0, 2)),
     )
-    def build(self, block_size: int, device_blocks: int, host_blocks: int) -> None:
+    def build(self, block_size: int, device_blocks: int, host_blocks: int, host_quota: int | None) -> None:
         self.model = BlockManagerModel(
-            lambda n: 0, block_size=block_size, device_blocks=device_blocks, host_blocks=host_blocks
+            lambda n: 0,
+            block_size=block_size,
+            device_blocks=device_blocks,
+            host_blocks=host_blocks,
+            host_quota=host_quota,
         )
 
     def apply(self, method: Callable[[BlockManagerModel], None], data: st.DataObject) -> None:

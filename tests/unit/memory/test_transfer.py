@@ -142,7 +142,7 @@ def test_a_copy_touches_its_own_blocks_only(tiers: Tiers) -> None:
     tiers.device.fill_(1.0)
     tiers.host.fill_(2.0)
     tiers.transfer.submit([CopyOp(1, True, 3, 7), CopyOp(2, True, 4, 8), CopyOp(3, False, 9, 20)])
-    assert sorted(tiers.wait_for(3)) == [(1, True), (2, True), (3, True)]
+    assert sorted((ticket, ok) for ticket, ok, _ in tiers.wait_for(3)) == [(1, True), (2, True), (3, True)]
     assert [i for i in range(HOST_BLOCKS) if (tiers.host[i] == 1.0).all()] == [7, 8]
     assert [i for i in range(DEVICE_BLOCKS) if (tiers.device[i] == 2.0).all()] == [9]
     assert int((tiers.host == 2.0).sum()) == (HOST_BLOCKS - 2) * tiers.host[0].numel()
@@ -171,7 +171,11 @@ def test_a_failed_run_is_reported_for_each_of_its_blocks_and_the_next_goes_on(ti
     beyond = [CopyOp(1, False, 0, HOST_BLOCKS), CopyOp(2, False, 1, HOST_BLOCKS + 1)]
     with structlog.testing.capture_logs() as logs:
         tiers.transfer.submit([*beyond, CopyOp(3, True, 5, 5)])
-        assert sorted(tiers.wait_for(3)) == [(1, False), (2, False), (3, True)]
+        assert sorted((ticket, ok) for ticket, ok, _ in tiers.wait_for(3)) == [
+            (1, False),
+            (2, False),
+            (3, True),
+        ]
     assert [(entry["event"], entry["blocks"], entry["to_host"]) for entry in logs] == [
         ("copy_failed", 2, False)
     ]

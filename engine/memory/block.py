@@ -1,0 +1,175 @@
+"""One KV block: where its content lies, who holds it, and what may become of it.
+
+A **block** is ``block_size`` positions of a sequence across all layers. It has up to two **slots**, one
+in each tier, and each slot knows how many of its positions are valid. Everything one says about a
+block, dirty or clean, loading or host-only, is derived from its slots, never stored:
+
+=============  ==========================  ================================
+seen as        device slot                 host slot
+=============  ==========================  ================================
+reserved       valid to 0                  none
+dirty          valid to n                  none, or valid to less than n
+writing back   valid to n, pinned          being filled
+clean          valid to n                  valid to n
+host only      none                        valid to n
+loading        being filled                valid to n, pinned
+gone           none                        none
+=============  ==========================  ================================
+
+``TRANSITIONS`` says what may happen to a block; tests hold every change against it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from tidegate.engine.memory.copies import Reason
+
+
+class State(StrEnum):
+    RESERVED = "reserved"
+    DIRTY = "dirty"
+    WRITING_BACK = "writing_back"
+    CLEAN = "clean"
+    HOST_ONLY = "host_only"
+    LOADING = "loading"
+    GONE = "gone"
+
+
+class Event(StrEnum):
+    RESERVE = "reserve"
+    """A table takes a fresh device slot for positions to come."""
+    COMMIT = "commit"
+    """A collected step made more positions valid."""
+    CUT = "cut"
+    """A table goes on from the middle of the block: what lies behind counts no longer."""
+    WRITE_BACK = "write_back"
+    COPIED_OUT = "copied_out"
+    COPY_OUT_FAILED = "copy_out_failed"
+    LOAD = "load"
+    COPIED_IN = "copied_in"
+    COPY_IN_FAILED = "copy_in_failed"
+    EVICT = "evict"
+    """The device slot goes to somebody else."""
+    DROP_HOST = "drop_host"
+    """The host slot goes to somebody else."""
+    DISCARD = "discard"
+    """Nobody holds the block and it is no known prefix: both slots go."""
+
+
+TRANSITIONS: dict[tuple[State, Event], frozenset[State]] = {
+    (State.GONE, Event.RESERVE): frozenset({State.RESERVED}),
+    (State.RESERVED, Event.COMMIT): frozenset({State.DIRTY}),
+    (State.RESERVED, Event.DISCARD): frozenset({State.GONE}),
+    (State.DIRTY, Event.COMMIT): frozenset({State.DIRTY}),
+    (State.DIRTY, Event.CUT): frozenset({State.DIRTY, State.CLEAN}),
+    (State.DIRTY, Event.WRITE_BACK): frozenset({State.WRITING_BACK}),
+    (State.DIRTY, Event.EVICT): frozenset({State.GONE}),
+    (State.DIRTY, Event.DROP_HOST): frozenset({State.DIRTY}),
+    (State.DIRTY, Event.DISCARD): frozenset({State.GONE}),
+    (State.WRITING_BACK, Event.COMMIT): frozenset({State.WRITING_BACK}),
+    (State.WRITING_BACK, Event.CUT): frozenset({State.WRITING_BACK}),
+    # An append during the copy leaves the host behind again.
+    (State.WRITING_BACK, Event.COPIED_OUT): frozenset({State.CLEAN, State.DIRTY}),
+    (State.WRITING_BACK, Event.COPY_OUT_FAILED): frozenset({State.DIRTY}),
+    (State.CLEAN, Event.COMMIT): frozenset({State.DIRTY}),
+    (State.CLEAN, Event.CUT): frozenset({State.CLEAN}),
+    (State.CLEAN, Event.EVICT): frozenset({State.HOST_ONLY}),
+    (State.CLEAN, Event.DROP_HOST): frozenset({State.DIRTY}),
+    (State.CLEAN, Event.DISCARD): frozenset({State.GONE}),
+    (State.HOST_ONLY, Event.LOAD): frozenset({State.LOADING}),
+    (State.HOST_ONLY, Event.DROP_HOST): frozenset({State.GONE}),
+    (State.HOST_ONLY, Event.DISCARD): frozenset({State.GONE}),
+    (State.LOADING, Event.COPIED_IN): frozenset({State.CLEAN}),
+    (State.LOADING, Event.COPY_IN_FAILED): frozenset({State.GONE}),
+}
+
+
+@dataclass(slots=True)
+class Slot:
+    """A place in one tier. ``valid_len`` positions, from the first, hold what they should."""
+
+    index: int
+    valid_len: int = 0
+
+
+class Copy(NamedTuple):
+    """A copy in flight. ``valid_len`` is what its source held when it was ordered."""
+
+    ticket: int
+    to_host: bool
+    valid_len: int
+    reason: Reason
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    key: bytes | None = None
+    """Set once the block is full and confirmed, and is the one block known under this prefix key."""
+    device: Slot | None = None
+    host: Slot | None = None
+    holders: "dict[BlockTable, None]" = field(default_factory=dict)
+    """A set that keeps its order, so that a run of one seed is the same run every time."""
+    resident: int = 0
+    """How many of the holders are resident."""
+    writer: "BlockTable | None" = None
+    """The resident holder whose steps may write behind the positions that all holders share."""
+    copy: Copy | None = None
+    fence: int = 0
+    """The last step that may use the device slot on behalf of a table that has since let go of it."""
+    failures: int = 0
+    """Write-backs that failed in a row."""
+    hits: int = 0
+    """How often a sequence began with this block as a known prefix."""
+    evicted_at: int | None = None
+    """The last step that had been collected when the block left the device, not to be loaded since."""
+
+    @property
+    def state(self) -> State:
+        if self.copy is not None:
+            return State.WRITING_BACK if self.copy.to_host else State.LOADING
+        if self.device is None:
+            return State.GONE if self.host is None else State.HOST_ONLY
+        if self.device.valid_len == 0:
+            return State.RESERVED
+        return State.CLEAN if self.is_clean else State.DIRTY
+
+    @property
+    def is_clean(self) -> bool:
+        """The host holds all that the device holds."""
+        device, host = self.device, self.host
+        return device is not None and host is not None and host.valid_len >= device.valid_len
+
+
+@dataclass(slots=True, eq=False)
+class BlockTable:
+    """A sequence's blocks, in order.
+
+    ``[0, num_tokens)`` is valid KV, in one tier or the other; blocks behind it are reserved.
+    """
+
+    tenant: str = ""
+    root: bytes = b""
+    """The tenant's root key (see ``prefix.py``)."""
+    blocks: list[Block] = field(default_factory=list)
+    num_tokens: int = 0
+    resident: bool = False
+    loading: int = 0
+    """Blocks of a resident table that are still on their way to the device."""
+    fence: int = 0
+    """The last step launched with this table."""
+    keys: list[bytes] = field(default_factory=list)
+    """Prefix keys of the sequence's full blocks, as far as anybody asked for them."""
+    source: Block | None = None
+    """The shared block that the tail is a copy of, held until the step that copies it is collected."""
+    copy_due: bool = False
+    """No launched step carries that copy yet."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a step may use the table."""
+        return self.resident and self.loading == 0
+
+
+Observer = Callable[[Block, Event, State, State], None]

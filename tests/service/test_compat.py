@@ -1,0 +1,233 @@
+"""Other people's protocols: what their clients send, in their own words, and what becomes of it."""
+
+import hashlib
+import io
+import struct
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from front import Front, refusal_of, until
+
+from tidegate.compat.kserve import grpc_service_pb2 as kserve_pb2
+from tidegate.compat.kserve import grpc_service_pb2_grpc as kserve_grpc
+from tidegate.compat.vllm import common_pb2, engine_pb2, engine_pb2_grpc
+from tidegate.engine.demo import checkpoint_path
+from tidegate.service.compat.protocols import PROTOCOLS, Compat
+from tidegate.v1 import inference_pb2
+
+DEMO = checkpoint_path()
+TOKENIZER = (DEMO / "tokenizer.json").read_bytes()
+
+
+@pytest.fixture
+async def front(start_front: Callable[..., Any]) -> Front:
+    started: Front = await start_front(compat=Compat(PROTOCOLS, DEMO, max_num_seqs=7))
+    return started
+
+
+def vllm(front: Front) -> Any:
+    return engine_pb2_grpc.VllmEngineStub(front.channel)
+
+
+def kserve(front: Front) -> Any:
+    return kserve_grpc.GRPCInferenceServiceStub(front.channel)
+
+
+def vllm_request(
+    front: Front, text: str, *, stream: bool = True, **sampling: Any
+) -> engine_pb2.GenerateRequest:
+    ids = engine_pb2.TokenizedInput(input_ids=front.text.encode(text))
+    params = engine_pb2.SamplingParams(**{"temperature": 0, **sampling})
+    return engine_pb2.GenerateRequest(request_id="r", tokenized=ids, sampling_params=params, stream=stream)
+
+
+async def native(front: Front, text: str, **sampling: Any) -> Any:
+    request = inference_pb2.GenerateUnaryRequest(prompt={"text": text}, sampling=sampling)
+    return await front.inference.GenerateUnary(request)
+
+
+# --- vllm.grpc.engine --------------------------------------------------------------------------------------
+
+
+async def test_chunks_add_up_to_what_the_native_api_gives(front: Front) -> None:
+    whole = await native(front, "the tide", max_tokens=9, n=2)
+    responses = [r async for r in vllm(front).Generate(vllm_request(front, "the tide", max_tokens=9, n=2))]
+    chunks = [r.chunk for r in responses if r.HasField("chunk")]
+    ends = {r.complete.index: r.complete for r in responses if r.HasField("complete")}
+    for completion in whole.completions:
+        own = [chunk for chunk in chunks if chunk.index == completion.choice]
+        ids = [token_id for chunk in own for token_id in chunk.token_ids]
+        assert ids == list(completion.token_ids) == list(ends[completion.choice].output_ids)
+        assert sum(chunk.completion_tokens for chunk in own) == 9
+        assert ends[completion.choice].finish_reason == "length"
+        assert ends[completion.choice].prompt_tokens == len(front.text.encode("the tide"))
+    assert [r.HasField("complete") for r in responses[-2:]] == [True, True]
+
+
+async def test_without_stream_the_end_alone_holds_everything(front: Front) -> None:
+    whole = await native(front, "the tide", max_tokens=20)
+    stop = whole.completions[0].text[4:7]
+    wanted = await native(front, "the tide", max_tokens=20, stop=[stop])
+    request = vllm_request(front, "the tide", stream=False, max_tokens=20, stop=[stop], logprobs=2)
+    (response,) = [r async for r in vllm(front).Generate(request)]
+    assert list(response.complete.output_ids) == list(wanted.completions[0].token_ids)
+    assert (response.complete.finish_reason, response.complete.matched_stop_str) == ("stop", stop)
+    assert len(response.complete.output_logprobs.token_logprobs) == len(response.complete.output_ids)
+
+
+async def test_what_we_cannot_do_is_refused_by_name_and_all_at_once(front: Front) -> None:
+    request = vllm_request(front, "x", json_schema="{}", logit_bias={1: 2.0}, prompt_logprobs=1, logprobs=-1)
+    request.mm_inputs.SetInParent()
+    request.kv_transfer_params_json = "{}"
+    refusal = await refusal_of(vllm(front).Generate(request))
+    assert refusal.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert set(refusal.violations) == {
+        "mm_inputs",
+        "kv_transfer_params_json",
+        "sampling_params.json_schema",
+        "sampling_params.logit_bias",
+        "sampling_params.prompt_logprobs",
+        "sampling_params.logprobs",
+    }
+
+
+async def test_an_abort_ends_the_stream_as_aborted_and_may_come_again(front: Front) -> None:
+    front.engine.step_seconds = 0.01
+    call = vllm(front).Generate(vllm_request(front, "the tide", max_tokens=900, ignore_eos=True))
+    async for response in call:
+        if response.HasField("chunk"):
+            await vllm(front).Abort(engine_pb2.AbortRequest(request_ids=["r", "unknown"]))
+    assert response.complete.finish_reason == "abort"
+    await until(lambda: not front.engine.running)
+
+
+async def test_a_gateway_finds_model_tokenizer_and_load(front: Front) -> None:
+    model = await vllm(front).GetModelInfo(engine_pb2.GetModelInfoRequest())
+    assert (model.served_model_name, model.model_type, model.is_generation) == ("fake", "llama", True)
+    assert (await vllm(front).GetServerInfo(engine_pb2.GetServerInfoRequest())).max_num_seqs == 7
+    assert (await vllm(front).HealthCheck(engine_pb2.HealthCheckRequest())).healthy
+    (load,) = (await vllm(front).GetLoads(engine_pb2.GetLoadsRequest())).loads
+    assert load.max_total_num_tokens == 64 * 16
+    chunks = [c async for c in vllm(front).GetTokenizer(common_pb2.GetTokenizerRequest())]
+    archive = b"".join(chunk.data for chunk in chunks)
+    assert [chunk.sha256 for chunk in chunks[:-1]] == [""] * (len(chunks) - 1)
+    assert chunks[-1].sha256 == hashlib.sha256(archive).hexdigest()
+    assert max(len(chunk.data) for chunk in chunks) <= 64 * 1024
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        assert files.read("tokenizer.json") == TOKENIZER
+
+
+# --- KServe ------------------------------------------------------------------------------------------------
+
+
+def infer_request(text: str, request_id: str = "", *, raw: bool = False, **parameters: Any) -> Any:
+    request = kserve_pb2.ModelInferRequest(model_name="fake", id=request_id)
+    data = text.encode()
+    tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+    if raw:
+        request.raw_input_contents.append(struct.pack("<I", len(data)) + data)
+    else:
+        tensor.contents.bytes_contents.append(data)
+    for name, value in parameters.items():
+        kind = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}[
+            type(value)
+        ]
+        setattr(request.parameters[name], kind, value)
+    return request
+
+
+def streamed(request: Any) -> Any:
+    tensor = request.inputs.add(name="stream", datatype="BOOL", shape=[1])
+    tensor.contents.bool_contents.append(True)
+    return request
+
+
+def text_of(response: Any) -> str:
+    (raw,) = response.raw_output_contents
+    text: str = raw[4:].decode()
+    assert struct.unpack("<I", raw[:4]) == (len(raw) - 4,)
+    return text
+
+
+@pytest.mark.parametrize("raw", [False, True])
+async def test_an_inference_gives_the_native_text(front: Front, raw: bool) -> None:
+    wanted = await native(front, "the tide", max_tokens=9)
+    request = infer_request("the tide", "me", raw=raw, max_tokens=9, temperature=0.0)
+    response = await kserve(front).ModelInfer(request)
+    assert (response.id, text_of(response)) == ("me", wanted.completions[0].text)
+    assert response.parameters["finish_reason"].string_param == "max_tokens"
+
+
+async def test_requests_of_a_stream_run_side_by_side_and_a_wrong_one_hurts_none(front: Front) -> None:
+    front.engine.step_seconds = 0.005
+    call = kserve(front).ModelStreamInfer()
+    for request in (
+        streamed(infer_request("the tide", "a", max_tokens=9)),
+        infer_request("the tide", "wrong", colour="red"),
+        streamed(infer_request("the gate", "b", max_tokens=5)),
+    ):
+        await call.write(request)
+    await call.done_writing()
+    texts, errors, ended = {"a": "", "b": ""}, [], []
+    async for response in call:
+        infer = response.infer_response
+        if response.error_message:
+            errors.append((infer.id, response.error_message))
+            continue
+        texts[infer.id] += text_of(infer)
+        if infer.parameters["triton_final_response"].bool_param:
+            ended.append(infer.id)
+    assert sorted(ended) == ["a", "b"]
+    assert texts["a"] == (await native(front, "the tide", max_tokens=9)).completions[0].text
+    assert texts["b"] == (await native(front, "the gate", max_tokens=5)).completions[0].text
+    ((wrong, message),) = errors
+    assert wrong == "wrong"
+    assert "parameters.colour" in message
+
+
+async def test_a_stream_that_is_left_leaves_nothing_behind(front: Front) -> None:
+    front.engine.step_seconds = 0.005
+    call = kserve(front).ModelStreamInfer()
+    for name in "abc":
+        await call.write(streamed(infer_request("the tide", name, max_tokens=900, ignore_eos=True)))
+    await call.read()
+    call.cancel()
+    await until(lambda: not front.engine.running)
+
+
+async def test_a_message_that_cannot_be_read_ends_the_stream_with_its_status(front: Front) -> None:
+    call = front.channel.stream_stream(
+        "/inference.GRPCInferenceService/ModelStreamInfer", lambda data: data, lambda data: data
+    )()
+    await call.write(b"\xff\xff")
+    refusal = await refusal_of(call)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "UNDECODABLE_MESSAGE")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda r: r.ClearField("inputs"), "inputs.text_input"),
+        (lambda r: r.inputs.add(name="image", datatype="BYTES"), "inputs.image"),
+        (lambda r: setattr(r.inputs[0], "datatype", "FP32"), "inputs.text_input"),
+        (lambda r: r.raw_input_contents.append(b"\x09\x00\x00\x00ab"), "inputs.text_input"),
+        (lambda r: setattr(r.parameters["n"], "int64_param", 2), "parameters.n"),
+    ],
+)
+async def test_what_is_wrong_with_an_inference_is_named(front: Front, change: Any, field: str) -> None:
+    request = infer_request("x")
+    change(request)
+    refusal = await refusal_of(kserve(front).ModelInfer(request))
+    assert refusal.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert field in refusal.violations
+
+
+async def test_a_protocol_that_is_not_wanted_is_not_there(start_front: Callable[..., Any]) -> None:
+    front = await start_front(compat=Compat(("kserve",), DEMO, max_num_seqs=7))
+    assert (await kserve(front).ServerReady(kserve_pb2.ServerReadyRequest())).ready
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await vllm(front).HealthCheck(engine_pb2.HealthCheckRequest())
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
