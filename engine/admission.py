@@ -87,6 +87,7 @@ class Admission:
         ):
             self._roster.set_table(seq, self._manager.fork(parent.table, shared))
             seq.high_water = seq.table.num_tokens
+            self._journal.wanted(seq)
 
     def _new_sequence(self, request: Request, choice: int, output: list[int]) -> Sequence:
         params = request.params

@@ -52,6 +52,7 @@ def build_engine(config: EngineConfig, progress: bool = False) -> EngineCore:
         host_blocks=sizes.host,
         transfer=transfer,
         hasher=hasher,
+        host_quota=int(config.tenant_host_share * sizes.host),
     )
     scheduler = Scheduler(
         Limits(

@@ -42,6 +42,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Requests that may wait; one more is refused."""
     park_grace: float = 0.5
     """Seconds without credit after which a sequence's KV leaves the device."""
+    tenant_host_share: float = 0.5
+    """Share of the host tier that a tenant's parked and leased sequences may hold before they are the first
+    to go where it is full."""
     pipeline_depth: int = 2
     """Steps under way at once: 1, or 2 to plan a step while the one before it computes."""
 
@@ -71,6 +74,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ("max_step_tokens", self.max_step_tokens >= 1, "must be at least 1"),
             ("max_waiting", self.max_waiting >= 1, "must be at least 1"),
             ("park_grace", self.park_grace >= 0, "must not be negative"),
+            ("tenant_host_share", 0 <= self.tenant_host_share <= 1, "must be between 0 and 1"),
             ("pipeline_depth", self.pipeline_depth in (1, 2), "must be 1 or 2"),
         )
         for name, holds, text in checks:

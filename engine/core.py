@@ -13,6 +13,7 @@ from tidegate.engine.messages import (
     Command,
     EngineInfo,
     Finish,
+    Inspect,
     Limit,
     Release,
     Stats,
@@ -59,6 +60,8 @@ class EngineCore:
                 self.scheduler.update(command)
             case Release():
                 self.scheduler.release(command)
+            case Inspect():
+                self.scheduler.inspect(command)
 
     def step(self) -> StepOutput:
         """One beat: what it returns may be empty."""

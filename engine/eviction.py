@@ -65,11 +65,9 @@ class Eviction:
 
     def victim(self, may: Callable[[policy.Candidate], bool]) -> Sequence | None:
         """The sequence that gives up its device blocks first, among those that ``may``."""
-        holders = [seq for seq in self._roster.running if not seq.preempted]
-        holders += [seq for seq in (*self._roster.idle, *self._roster.leased()) if seq.table.resident]
         ranked = [
             (policy.victim_rank(candidate), seq)
-            for seq, candidate in self._candidates(holders)
+            for seq, candidate in self._candidates(self._holders())
             if may(candidate)
         ]
         return min(ranked, key=lambda pair: pair[0])[1] if ranked else None
@@ -86,7 +84,6 @@ class Eviction:
     def swap_or_drop(self, seq: Sequence) -> None:
         """Preempt a sequence of which no step is in flight."""
         seq.preempted = False
-        seq.num_preemptions += 1
         self._roster.leave(seq)
         if self._should_swap(seq):
             self._journal.stats.preemptions_swap += 1
@@ -95,7 +92,7 @@ class Eviction:
             self._journal.stats.preemptions_recompute += 1
             self._manager.release(seq.table)
         seq.rewind()
-        self._journal.progress(seq, ProgressKind.PREEMPTED)
+        self._journal.preempted(seq)
         self.place(seq)
 
     def place(self, seq: Sequence) -> None:
@@ -226,7 +223,7 @@ class Eviction:
         total = manager.device.num_blocks
         if manager.device.num_free < policy.DEMOTE_MARK * total:
             manager.demote_prefixes(policy.DEMOTED_A_STEP)
-        if manager.num_available > (1 - policy.WRITE_AHEAD_MARK) * total:
+        if not self._limits.write_ahead or manager.num_available > (1 - policy.WRITE_AHEAD_MARK) * total:
             return
         most = policy.write_ahead_blocks(
             seconds=self._limits.write_ahead * self.step_seconds,
@@ -234,13 +231,19 @@ class Eviction:
             block_bytes=self._limits.block_bytes,
             queued_blocks=manager.copies_in_flight,
         )
-        holders = [seq for seq in self._roster.running if seq.table.is_ready]
-        ranked = sorted(self._candidates(holders), key=lambda pair: policy.victim_rank(pair[1]))
+        ready = [seq for seq in self._holders() if seq.table.is_ready]
+        ranked = sorted(self._candidates(ready), key=lambda pair: policy.victim_rank(pair[1]))
         for seq, _ in ranked:
             if most == 0:
                 return
             full = seq.table.blocks[: seq.table.num_tokens // manager.block_size]
             most -= manager.write_ahead(full, most)
+
+    def _holders(self) -> list[Sequence]:
+        """All that have device blocks of their own to give."""
+        running = [seq for seq in self._roster.running if not seq.preempted]
+        idle = (*self._roster.idle, *self._roster.leased())
+        return running + [seq for seq in idle if seq.table.resident]
 
     def _candidates(self, holders: list[Sequence]) -> Iterator[tuple[Sequence, policy.Candidate]]:
         return ((seq, seq.candidate(self.step_id)) for seq in holders)

@@ -1,11 +1,13 @@
 """What there is to tell the front, gathered step by step, and the totals since the start."""
 
 from collections.abc import Callable
+from copy import copy
 
 from tidegate.engine.messages import (
     Admitted,
     Delta,
     Finished,
+    Inspection,
     PositionLogprobs,
     Progress,
     ProgressKind,
@@ -31,6 +33,39 @@ class Journal:
         """All there is to say since the last call."""
         out, self._out = self._out, StepOutput()
         return out
+
+    def totals(self) -> Stats:
+        """A copy that changes no more."""
+        stats = copy(self.stats)
+        for name in ("step_time", "preempt_stall", "resume_wait"):
+            setattr(stats, name, copy(getattr(stats, name)))
+        return stats
+
+    def inspected(self, inspection: Inspection) -> None:
+        self._out.inspection = inspection
+
+    def stepped(self, num_sequences: int, seconds: float) -> None:
+        """A step is collected."""
+        self.stats.steps += 1
+        self.stats.scheduled_sequences += num_sequences
+        self.stats.step_time.observe(seconds)
+
+    def wanted(self, seq: Sequence) -> None:
+        """What it has lies elsewhere than in a row, and it may go on: the wait for that begins."""
+        seq.preempted_at, seq.wanted_at = None, self._now()
+
+    def preempted(self, seq: Sequence) -> None:
+        seq.num_preemptions += 1
+        seq.preempted_at, seq.wanted_at = self._now(), None
+        self.progress(seq, ProgressKind.PREEMPTED)
+
+    def scheduled(self, seq: Sequence) -> None:
+        """It has a row, and is part of a step for the first time since."""
+        if seq.preempted_at is not None:
+            self.stats.preempt_stall.observe(self._now() - seq.preempted_at)
+        if seq.wanted_at is not None:
+            self.stats.resume_wait.observe(self._now() - seq.wanted_at)
+        seq.preempted_at = seq.wanted_at = None
 
     def refused(self, request_id: str, violations: list[Violation]) -> None:
         self._out.refused.append(Refused(request_id, violations))

@@ -4,6 +4,7 @@ Everything is absolute and idempotent (a credit is "up to", a finish is "at"), s
 late message does no harm. Encoded with msgspec's MessagePack when the engine is a process of its own.
 """
 
+from bisect import bisect_left
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -56,7 +57,13 @@ class Release(msgspec.Struct, tag="release"):
     request_ids: list[str]
 
 
-Command = Submit | Limit | Finish | Update | Release
+class Inspect(msgspec.Struct, tag="inspect"):
+    """Say once what is in the tiers and who is in the engine (see ``Inspection``)."""
+
+    max_sequences: int = 1000
+
+
+Command = Submit | Limit | Finish | Update | Release | Inspect
 
 
 class Logprob(msgspec.Struct, array_like=True):
@@ -155,6 +162,39 @@ class TierStats(msgspec.Struct):
     total: int = 0
     free: int = 0
     reclaimable: int = 0
+    states: dict[str, int] = {}
+    """The used ones by state (see ``memory/block.py``); on the host also ``stale``: the device holds more."""
+
+
+DURATION_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Upper bounds in seconds, inclusive; behind the last one there is one count more."""
+
+
+class Durations(msgspec.Struct):
+    """How long things of one kind took: how often within each bound, and the sum in seconds."""
+
+    counts: list[int] = msgspec.field(default_factory=lambda: [0] * (len(DURATION_BOUNDS) + 1))
+    sum: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(DURATION_BOUNDS, seconds)] += 1
+        self.sum += seconds
+
+    def __copy__(self) -> "Durations":
+        return Durations(list(self.counts), self.sum)
+
+
+class SwapStats(msgspec.Struct):
+    """Copies between the tiers in one direction."""
+
+    bytes: dict[str, int] = {}
+    """By what they were for (see ``memory/copies.py``)."""
+    seconds: float = 0.0
+    """What they took, one after another."""
+    queue_bytes: int = 0
+    """Ordered, and not arrived yet."""
+    utilization: float = 0.0
+    """Share of the time, lately, during which this direction carried something."""
 
 
 class Stats(msgspec.Struct):
@@ -164,9 +204,17 @@ class Stats(msgspec.Struct):
     running: int = 0
     stalled: int = 0
     swapped: int = 0
+    """Sequences that have left the device, parked ones included."""
+    parked: int = 0
+    leased: int = 0
+    """Choices that have ended and whose KV is kept, and the blocks that they hold, shared ones each time."""
+    leased_blocks: int = 0
     device: TierStats = msgspec.field(default_factory=TierStats)
     host: TierStats = msgspec.field(default_factory=TierStats)
     steps: int = 0
+    step_time: Durations = msgspec.field(default_factory=Durations)
+    scheduled_sequences: int = 0
+    """The sizes of all steps, summed up."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     prefix_hit_tokens: int = 0
@@ -177,6 +225,64 @@ class Stats(msgspec.Struct):
     swap_out_bytes: int = 0
     swap_in_bytes: int = 0
     parked_dropped: int = 0
+    swap_out: SwapStats = msgspec.field(default_factory=SwapStats)
+    swap_in: SwapStats = msgspec.field(default_factory=SwapStats)
+    failed_copies: int = 0
+    preempt_stall: Durations = msgspec.field(default_factory=Durations)
+    """From a preemption to the first step afterwards."""
+    resume_wait: Durations = msgspec.field(default_factory=Durations)
+    """Of a parked sequence and of one that continues another: from being wanted to the first step."""
+    preempted_blocks: int = 0
+    """Full blocks of preempted sequences, and those of them that the host held already."""
+    preempted_clean_blocks: int = 0
+    host_hit_tokens_resumed: int = 0
+    """Tokens that came from the host tier to a sequence or a lease (class S), and as a known prefix (P)."""
+    host_hit_tokens_prefix: int = 0
+    thrashed_blocks: int = 0
+    """Blocks that came back soon after they had left the device."""
+
+
+FREE_SLOT = "."
+PREFIX_SLOT = "p"
+"""Of a known prefix that no sequence holds."""
+SLOT_LETTERS = {
+    "reserved": "r",
+    "dirty": "d",
+    "writing_back": "w",
+    "clean": "c",
+    "host_only": "h",
+    "loading": "l",
+}
+"""Of a block that a sequence holds, by state."""
+
+
+class SequenceView(msgspec.Struct, array_like=True):
+    """One choice of a request, as it stands."""
+
+    request_id: str
+    choice: int
+    tenant: str
+    status: str
+    priority: int
+    prompt_tokens: int
+    output_tokens: int
+    computed_tokens: int
+    """Of prompt and output, those that have KV."""
+    device_blocks: int
+    host_blocks: int
+    """Those that are in the host tier alone."""
+    seconds: float
+    """Since it came."""
+
+
+class Inspection(msgspec.Struct):
+    """What the tiers hold and who is in the engine, at one moment."""
+
+    device: bytes
+    """One letter for each slot, in order: see ``SLOT_LETTERS``."""
+    host: bytes
+    sequences: list[SequenceView]
+    """Those that run first, then by urgency, then the leased ones."""
 
 
 class StepOutput(msgspec.Struct):
@@ -188,10 +294,17 @@ class StepOutput(msgspec.Struct):
     progress: list[Progress] = []
     finished: list[Finished] = []
     stats: Stats | None = None
+    inspection: Inspection | None = None
 
     def __bool__(self) -> bool:
         return bool(
-            self.refused or self.admitted or self.deltas or self.progress or self.finished or self.stats
+            self.refused
+            or self.admitted
+            or self.deltas
+            or self.progress
+            or self.finished
+            or self.stats
+            or self.inspection
         )
 
 

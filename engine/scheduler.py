@@ -8,7 +8,6 @@ and who has to go ``Eviction``'s. None of them knows torch.
 import math
 import time
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +21,7 @@ from tidegate.engine.limits import Limits
 from tidegate.engine.memory.tiers import BlockManager
 from tidegate.engine.messages import (
     Finish,
+    Inspect,
     Limit,
     Place,
     PositionLogprobs,
@@ -29,9 +29,9 @@ from tidegate.engine.messages import (
     Stats,
     StepOutput,
     Submit,
-    TierStats,
     Update,
 )
+from tidegate.engine.report import Reporter
 from tidegate.engine.request import FinishReason
 from tidegate.engine.roster import Roster
 from tidegate.engine.sequence import MAX_STEP_FAILURES, Sequence, Status
@@ -91,6 +91,7 @@ class Scheduler:
             eos_token_ids=eos_token_ids,
             now=now,
         )
+        self._reporter = Reporter(self._journal, self._roster, manager, limits.block_bytes, now)
 
     # What the front says
 
@@ -110,6 +111,8 @@ class Scheduler:
             seq.emit_upto = max(seq.emit_upto, command.emit_upto)
             if seq in self._roster.idle and seq.may_sample:
                 self._roster.leave(seq)
+                if seq.started_at is not None:
+                    self._journal.wanted(seq)
                 self._eviction.place(seq)
 
     def finish(self, command: Finish) -> None:
@@ -126,6 +129,9 @@ class Scheduler:
     def release(self, command: Release) -> None:
         for request_id in command.request_ids:
             self._eviction.end_leases(request_id)
+
+    def inspect(self, command: Inspect) -> None:
+        self._journal.inspected(self._reporter.inspection(command.max_sequences))
 
     def request_ids(self) -> list[str]:
         """Requests that have not ended, in the order in which they came."""
@@ -169,7 +175,7 @@ class Scheduler:
     def apply(self, step: ScheduledStep, result: StepResult) -> None:
         """Take in a step's results. Steps are applied in the order in which they were planned."""
         self._manager.collected(step.plan.step_id)
-        self._journal.stats.steps += 1
+        self._journal.stepped(len(step.members), result.seconds)
         self._observe(step.plan, result.seconds)
         samples = zip(result.token_ids, result.finite, result.logprobs, strict=True)
         for chunk, (seq, generation) in zip(step.plan.chunks, step.members, strict=True):
@@ -226,17 +232,7 @@ class Scheduler:
 
     def snapshot(self) -> Stats:
         """The totals, with the present state of queue and tiers filled in."""
-        stats, manager = copy(self._journal.stats), self._manager
-        sequences = self._roster.sequences()
-        stats.running = len(self._roster.running)
-        stats.stalled = sum(seq.status is Status.STALLED for seq in sequences)
-        stats.swapped = sum(seq.status in (Status.SWAPPED, Status.PARKED) for seq in sequences)
-        stats.waiting = sum(seq.status is Status.WAITING for seq in sequences)
-        stats.device = TierStats(manager.device.num_blocks, manager.device.num_free, manager.num_reclaimable)
-        stats.host = TierStats(manager.host.num_blocks, manager.host.num_free, manager.num_host_reclaimable)
-        stats.swap_out_bytes = manager.stats.copied_out.total() * self._limits.block_bytes
-        stats.swap_in_bytes = manager.stats.copied_in.total() * self._limits.block_bytes
-        return stats
+        return self._reporter.stats()
 
     def check_integrity(self) -> None:
         """Raises ``RuntimeError`` where the queues, the rows or the blocks do not add up."""
@@ -315,6 +311,7 @@ class Scheduler:
             block.device.index for block in seq.table.blocks[max(0, seq.row_blocks) :] if block.device
         ]
         if seq.row_blocks < 0:
+            self._journal.scheduled(seq)
             seed, index = seq.request.seed, seq.request.sample_index + seq.choice
             params = seq.request.params
             # A copy: the list grows while the step that carries it is under way.

@@ -74,6 +74,9 @@ class Sequence:
     """The furthest that KV was ever computed: anything below it that is computed again is recomputed."""
     failures: int = 0
     immune_until: int = 0
+    preempted_at: float | None = None
+    """While it waits for a row after a preemption; ``wanted_at``: after having waited for its client."""
+    wanted_at: float | None = None
     started_at: float | None = None
     first_token_at: float | None = None
 

@@ -167,6 +167,11 @@ class BlockTable:
     """No launched step carries that copy yet."""
 
     @property
+    def held(self) -> list[Block]:
+        """All blocks that must not go."""
+        return self.blocks if self.source is None else [*self.blocks, self.source]
+
+    @property
     def is_ready(self) -> bool:
         """Whether a step may use the table."""
         return self.resident and self.loading == 0

@@ -12,12 +12,11 @@ def check_integrity(store: BlockStore, tables: Iterable[BlockTable]) -> None:
 
     ``tables`` are all tables that are not released.
     """
-    blocks: set[Block] = {*store.index.values(), *store.copies.values(), *store.shelves.draining}
+    tables = list(tables)
+    blocks = store.blocks(tables)
     holders: dict[Block, set[BlockTable]] = {}
     for table in tables:
-        held = table.blocks if table.source is None else [*table.blocks, table.source]
-        blocks.update(held)
-        for block in held:
+        for block in table.held:
             holders.setdefault(block, set()).add(table)
         for i, block in enumerate(table.blocks):
             _check_held(store, table, i, block)

@@ -55,6 +55,11 @@ class BlockStore:
             block.device = Slot(self._take_device())
         return block
 
+    def blocks(self, tables: Iterable[BlockTable]) -> set[Block]:
+        """Every block with a slot, given all tables: theirs, known prefixes, and those on their way."""
+        held = (block for table in tables for block in table.held)
+        return {*held, *self.index.values(), *self.copies.values(), *self.shelves.draining}
+
     def commit(self, block: Block, valid_len: int) -> None:
         """A collected step made so many positions valid."""
         if block.device is None:

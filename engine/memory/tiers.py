@@ -88,12 +88,23 @@ class BlockManager:
         return self._store.shelves.num_on_host
 
     @property
+    def num_copies(self) -> tuple[int, int]:
+        """Copies in flight to the host, and from it."""
+        copies = [block.copy for block in self._store.copies.values() if block.copy is not None]
+        out = sum(copy.to_host for copy in copies)
+        return out, len(copies) - out
+
+    @property
     def copies_in_flight(self) -> int:
         return len(self._store.copies)
 
     def num_parked(self, tenant: str) -> int:
         """Blocks of the tenant's parked tables, shared ones once."""
         return self._store.parked.num_blocks(tenant)
+
+    def blocks(self, tables: Iterable[BlockTable]) -> set[Block]:
+        """All blocks with a slot, given all tables that are not released."""
+        return self._store.blocks(tables)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -301,7 +312,7 @@ class BlockManager:
     def release(self, table: BlockTable) -> None:
         """The sequence is over, or will compute everything again. Known prefixes stay while there is room."""
         self.unpark(table)
-        blocks = table.blocks if table.source is None else [*table.blocks, table.source]
+        blocks = table.held
         table.blocks, table.num_tokens, table.source, table.copy_due = [], 0, None, False
         # From the tail, so that the head of a prefix, of more use to others, is evicted last.
         for block in reversed(blocks):
