@@ -51,8 +51,9 @@ class BlockStore:
     def fresh(self, table: BlockTable) -> Block:
         """A block with a device slot, held by a resident table that is to write to it."""
         block = Block(holders={table: None}, resident=1, writer=table)
+        before = table.blocks[-1].device if table.blocks else None
         with _Transition(self, block, Event.RESERVE):
-            block.device = Slot(self._take_device())
+            block.device = Slot(self._take_device(None if before is None else before.index))
         return block
 
     def blocks(self, tables: Iterable[BlockTable]) -> set[Block]:
@@ -195,10 +196,14 @@ class BlockStore:
 
     # Slots
 
-    def _take_device(self) -> int:
-        if self.device.num_free == 0:
+    def make_free(self, num_blocks: int) -> None:
+        """Evict until so many device slots are free: taken together, they may lie together."""
+        while self.device.num_free < num_blocks:
             self._evict(self.shelves.next_on_device())
-        return self.device.take()
+
+    def _take_device(self, after: int | None = None) -> int:
+        self.make_free(1)
+        return self.device.take(after)
 
     def _take_host(self, block: Block) -> int | None:
         """A host slot for the block, at the cost of what comes after it; None where nothing does."""

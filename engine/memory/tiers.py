@@ -156,8 +156,10 @@ class BlockManager:
         A tail that others need as it is gets replaced by a block of the table's own, which the next step
         must fill first: ``launched`` says from which slot.
         """
-        if self.num_missing(table, num_tokens) > self.num_available:
+        missing = self.num_missing(table, num_tokens)
+        if missing > self.num_available:
             return False
+        self._store.make_free(missing)
         if num_tokens > table.num_tokens and table.num_tokens % self.block_size:
             self._own_tail(table)
         while len(table.blocks) < self.blocks_for(num_tokens):
@@ -256,6 +258,7 @@ class BlockManager:
         for block in reversed(table.blocks):
             block.resident += 1
             store.settle(block)
+        store.make_free(sum(block.device is None for block in table.blocks))
         for i, block in enumerate(table.blocks):
             if block.device is None:
                 store.load(block, reason)
@@ -263,6 +266,21 @@ class BlockManager:
                 table.loading += 1
                 from_host += min(self.block_size, table.num_tokens - i * self.block_size)
         return from_host
+
+    def prefetch(self, table: BlockTable, most: int) -> int:
+        """Start to load up to ``most`` blocks of a suspended table, the first ones first, before it resumes.
+
+        Into free slots only: who waits takes nothing from those who run. What is on the device already
+        becomes the last to be evicted. A block that arrives may be evicted again like any that the host has
+        too, so this is no promise of room. How many loads were ordered.
+        """
+        store, ordered = self._store, 0
+        for block in table.blocks:
+            store.shelves.spare(block)
+            if block.device is None and ordered < most and self.device.num_free:
+                store.load(block, Reason.RESUME)
+                ordered += 1
+        return ordered
 
     def fork(self, table: BlockTable, num_tokens: int) -> BlockTable:
         """A new table, not resident, that shares the first ``num_tokens`` positions in the tier they lie in.

@@ -14,7 +14,7 @@ import torch
 
 from tidegate.engine.memory.copies import Completion, CopyOp
 from tidegate.engine.memory.layout import BlockLayout
-from tidegate.engine.memory.transfer import ThreadTransfer
+from tidegate.engine.memory.transfer import SHARE, SHORTEST_REST, SLICE_BYTES, ThreadTransfer
 
 LAYOUT = BlockLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype=torch.bfloat16)
 DEVICE_BLOCKS, HOST_BLOCKS = 48, 64
@@ -195,7 +195,58 @@ def test_waiting_ends_with_the_first_report_or_with_the_time(tiers: Tiers) -> No
     started = time.monotonic()
     tiers.transfer.wait(30.0)
     assert time.monotonic() - started < 10
-    assert tiers.transfer.poll() == [Completion(1, True)]
+    (done,) = tiers.transfer.poll()
+    assert (done.ticket, done.ok) == (1, True)
+
+
+def test_loads_go_before_write_backs_and_large_blocks_go_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is queued while a copy is under way; a sequence waits for a load."""
+    device = torch.zeros(8, SLICE_BYTES // 4 * 3, dtype=torch.uint8)
+    host = torch.ones(8, SLICE_BYTES // 4 * 3, dtype=torch.uint8)
+    reached, go, slices = threading.Event(), threading.Event(), []
+    copyto = np.copyto
+
+    def held_up(target: np.ndarray, source: np.ndarray) -> None:
+        reached.set()
+        assert go.wait(30)
+        slices.append(target.size)
+        copyto(target, source)
+
+    monkeypatch.setattr(np, "copyto", held_up)
+    tiers = Tiers(device, host, ThreadTransfer(device, host))
+    tiers.transfer.submit([CopyOp(1, True, 0, 0)])
+    assert reached.wait(30)
+    tiers.transfer.submit([CopyOp(2, True, 2, 2), CopyOp(3, False, 4, 4), CopyOp(4, False, 5, 5)])
+    go.set()
+    done = tiers.wait_for(4)
+    tiers.transfer.close()
+    assert [completion.ticket for completion in done] == [1, 3, 4, 2]
+    assert max(slices) <= SLICE_BYTES
+    assert sum(slices) == 4 * device[0].numel()
+    assert [int(block.sum()) // device[0].numel() for block in (device[4], device[5], host[2])] == [1, 1, 0]
+
+
+def test_whoever_waits_for_a_copy_ends_its_rest(tiers: Tiers) -> None:
+    tiers.transfer._owed = 1e6
+    tiers.transfer.submit([CopyOp(1, True, 1, 1)])
+    assert [done.ok for done in tiers.wait_for(1)] == [True]
+
+
+def test_it_leaves_most_of_the_time_of_a_core_to_the_steps(
+    tiers: Tiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr(tiers.transfer._hurry, "wait", rests.append)
+    copied = 0.0
+    for round_ in range(10_000):
+        tiers.transfer.submit([CopyOp(round_, True, 1, 1)])
+        (done,) = tiers.wait_for(1)
+        copied += done.seconds
+        if len(rests) == 3:
+            break
+    assert len(rests) == 3
+    assert min(rests) > SHORTEST_REST
+    assert sum(rests) <= copied * (1 / SHARE - 1)
 
 
 def test_its_rate_is_measured(tiers: Tiers) -> None:
