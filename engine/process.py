@@ -225,7 +225,7 @@ class ProcessClient:
 def main() -> None:
     """The child: build the engine, say so, then step until SIGTERM."""
     address, parent_pid, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    _die_with_parent(parent_pid)
+    die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     start = msgspec.json.decode(sys.argv[4], type=Start)
     configure_logging(start.log_format)
@@ -291,12 +291,13 @@ def _open_socket(context: "zmq.Context[zmq.Socket[bytes]]") -> "zmq.Socket[bytes
     return pair
 
 
-def _die_with_parent(parent_pid: int) -> None:
+def die_with_parent(parent_pid: int) -> None:
+    """From here on, this process is killed when the thread that started it ends."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent_pid:
-        sys.exit("the front ended before its engine started")
+        sys.exit("the parent ended before its child started")
 
 
 def _load_factory(dotted: str) -> Callable[[EngineConfig, bool], Core]:

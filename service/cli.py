@@ -144,6 +144,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("hang_timeout", "seconds without progress after which the engine is killed", type=float, metavar="S")
     add("protocols", "other people's protocols to speak too; '' for none", metavar="NAMES")
+    add("openai_port", "an OpenAI endpoint there, by the SMG gateway", metavar="[HOST:]PORT")
     add("drain_grace", "seconds that requests may take to finish after SIGTERM", type=float, metavar="S")
     add("log_format", "for a person or for a machine", choices=("console", "json"))
     add("device", "where the model runs", choices=DEVICES)

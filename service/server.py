@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -29,6 +29,7 @@ from tidegate.service.admission import Admission, AdmissionLimits
 from tidegate.service.compat.protocols import PROTOCOLS, Compat, add_protocols
 from tidegate.service.control import ControlService
 from tidegate.service.errors import log_unexpected
+from tidegate.service.gateway import Gateway, find_program
 from tidegate.service.guard import Guard
 from tidegate.service.health import HealthService
 from tidegate.service.hub import Hub, draining
@@ -102,6 +103,8 @@ class ServerConfig:
     """Seconds without progress after which the engine process is killed; more than its longest step takes."""
     protocols: tuple[str, ...] = PROTOCOLS
     """Other people's, served beside ``tidegate.v1``."""
+    openai_port: str | None = None
+    """``PORT`` or ``HOST:PORT``, by default of loopback: an OpenAI endpoint, by a gateway as our child."""
     drain_grace: float = 30.0
     """Seconds that requests under way may take to finish after SIGTERM or SIGINT."""
     log_format: LogFormat = "console"
@@ -116,6 +119,15 @@ class ServerConfig:
             if port is not None:
                 check_address(every_interface(port), may_be_reached=True)
         self.admission_limits()
+        if self.openai_port is not None:
+            check_address(self.openai_address, self.insecure)
+            if self.security != SecurityConfig():
+                raise ConfigError(
+                    "openai_port cannot be had beside TLS or authentication: the gateway would let "
+                    "everybody past them. Run it on its own, with its own keys"
+                )
+            if "vllm" not in self.protocols:
+                raise ConfigError("openai_port needs vllm among the protocols: the gateway speaks it to us")
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
                 known = ", ".join(PROTOCOLS)
@@ -127,6 +139,11 @@ class ServerConfig:
         if not MIN_HANG_TIMEOUT <= self.hang_timeout <= MAX_HANG_TIMEOUT:
             limits = f"between {MIN_HANG_TIMEOUT} and {MAX_HANG_TIMEOUT}"
             raise ConfigError(f"hang_timeout must be {limits}; got {self.hang_timeout}")
+
+    @property
+    def openai_address(self) -> str:
+        port = self.openai_port or ""
+        return port if ":" in port else f"127.0.0.1:{port}"
 
     def admission_limits(self) -> AdmissionLimits:
         """Raises ``ConfigError``."""
@@ -297,8 +314,10 @@ async def serve(config: ServerConfig) -> int:
     """
     configure_logging(config.log_format)
     try:
-        # Before the model loads: a mistake in these files shows at once.
+        # Before the model loads: a mistake here shows at once.
         security = load_security(config.security)
+        if config.openai_port is not None:
+            find_program()
     except ConfigError as error:
         _log.error("cannot start", reason=str(error))
         return 1
@@ -325,11 +344,13 @@ async def _serve(
     config: ServerConfig, security: Security, engine: Supervisor, text: Text, stopping: asyncio.Task[None]
 ) -> int:
     folder = await asyncio.to_thread(resolve, config.engine.model)
+    # The gateway speaks to a port that nobody else needs to know.
+    for_gateway = [] if config.openai_port is None else ["127.0.0.1:0"]
     try:
         server = await start_server(
             engine,
             text,
-            addresses=config.addresses,
+            addresses=[*config.addresses, *for_gateway],
             admission=config.admission_limits(),
             security=security,
             health_addresses=[] if config.health_port is None else [every_interface(config.health_port)],
@@ -342,18 +363,40 @@ async def _serve(
         _log.error("cannot start", reason=str(error))
         return 1
     _log.info("ready", model=engine.info.model, addresses=server.addresses, after_s=round(process_age(), 2))
-    await asyncio.wait({stopping, server.engine_ended}, return_when=asyncio.FIRST_COMPLETED)
-    if server.engine_ended.done():
+    try:
+        # Around the drain, too: the gateway's requests finish through it.
+        async with _gateway(config, server.addresses[-1], engine.info.model):
+            await asyncio.wait({stopping, server.engine_ended}, return_when=asyncio.FIRST_COMPLETED)
+            if server.engine_ended.done():
+                await server.stop()
+            else:
+                _log.info("draining", grace=config.drain_grace)
+                await server.drain(config.drain_grace)
+    except ConfigError as error:
+        _log.error("cannot start", reason=str(error))
         await server.stop()
-    else:
-        _log.info("draining", grace=config.drain_grace)
-        await server.drain(config.drain_grace)
+        return 1
     status = _exit_status(server.engine_ended)
     if not server.is_closed:
         # gRPC would wait for that client for ever, and the interpreter for gRPC.
         await engine.close()
         os._exit(status)
     return status
+
+
+@contextlib.asynccontextmanager
+async def _gateway(config: ServerConfig, worker: str, model: str) -> AsyncGenerator[None]:
+    """The gateway of ``openai_port``, if one is wanted. Raises ``ConfigError`` where it cannot start."""
+    if config.openai_port is None:
+        yield
+        return
+    gateway = Gateway(find_program(), worker, config.openai_address)
+    try:
+        await gateway.start(model)
+        _log.info("openai endpoint ready", address=config.openai_address, after_s=round(process_age(), 2))
+        yield
+    finally:
+        await gateway.stop()
 
 
 async def _load(config: ServerConfig) -> tuple[Supervisor, Text]:

@@ -27,6 +27,9 @@ from tidegate.v1 import control_pb2, session_pb2
 T = TypeVar("T")
 
 
+SETTLE_SECONDS = 2.0
+
+
 class _Loop:
     """An event loop that runs in a thread of its own."""
 
@@ -45,6 +48,7 @@ class _Loop:
             raise
 
     def close(self) -> None:
+        self.run(_settle())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -52,6 +56,12 @@ class _Loop:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
         self._loop.close()
+
+
+async def _settle() -> None:
+    """Let gRPC finish with calls that were cancelled: it has tasks of its own, and asyncio tells on them."""
+    if own := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(own, timeout=SETTLE_SECONDS)
 
 
 @cache

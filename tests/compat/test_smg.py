@@ -4,13 +4,12 @@ import contextlib
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from compat_clients import environment, nothing_left, port_of, try_feature
+from compat_clients import environment, free_port, nothing_left, port_of, try_feature
 from served import Served
 
 pytestmark = pytest.mark.heavy_client
@@ -76,10 +75,3 @@ def wait_for_model(url: str, process: "subprocess.Popen[bytes]", log: Callable[[
                 return
         time.sleep(0.2)
     raise AssertionError(f"the gateway did not find the model:\n{log()}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

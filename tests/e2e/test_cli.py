@@ -48,6 +48,7 @@ SERVE_FLAGS = [
     "--max-waiting-tokens",
     "--metrics-port",
     "--no-prefix-caching",
+    "--openai-port",
     "--park-grace",
     "--pipeline-depth",
     "--preemption",
@@ -134,7 +135,8 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
         "--auth-tokens t --jwt-keys j --jwt-issuer i --jwt-audience u --health-port 9 --metrics-port 8 "
         "--protocols vllm --max-waiting-tokens 7 --tenant-requests 8 --tenant-tokens 6"
     ).split()
-    assert {word for word in given if word.startswith("--")} == set(SERVE_FLAGS)
+    # The one that cannot be had beside TLS stands below.
+    assert {word for word in given if word.startswith("--")} == {*SERVE_FLAGS} - {"--openai-port"}
     assert cli.main(["serve", "m", *given]) == 0
     engine = EngineConfig(
         model="m",
@@ -181,6 +183,22 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
     ]
 
 
+def test_an_openai_port_is_of_loopback_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[ServerConfig] = []
+    monkeypatch.setattr(cli.server, "run", lambda config: served.append(config) or 0)
+    assert cli.main(["serve", "demo", "--openai-port", "8000"]) == 0
+    assert cli.main(["serve", "demo", "--openai-port", "0.0.0.0:80", "--insecure"]) == 0
+    assert [config.openai_address for config in served] == ["127.0.0.1:8000", "0.0.0.0:80"]
+
+
+def test_without_the_gateway_an_openai_port_says_what_to_install() -> None:
+    run = tidegate("serve", "demo", "--openai-port", "8000", "--log-format", "json")
+    assert run.returncode == 1
+    assert json.loads(run.stderr.splitlines()[-1])["reason"] == (
+        "openai_port needs the SMG gateway: pip install 'tidegate[openai]'"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -189,6 +207,9 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
         (["serve", "demo", "--tls-cert", "c.pem"], "--tls-cert needs tls_key"),
         (["serve", "demo", "--health-port", "here"], "HOST:PORT"),
         (["serve", "demo", "--protocols", "thrift"], "--protocols must be of kserve, vllm"),
+        (["serve", "demo", "--openai-port", "1", "--auth-tokens", "t"], "--openai-port cannot be had beside"),
+        (["serve", "demo", "--openai-port", "0.0.0.0:1"], "--insecure"),
+        (["serve", "demo", "--openai-port", "1", "--protocols", "kserve"], "--openai-port needs vllm"),
         (["serve", "demo", "--tenant-tokens", "0"], "--tenant-tokens must be at least 1"),
         (["generate", "x", "--model", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["generate", "x", "--server", "unix:/no/socket"], "start one with: tidegate serve demo"),

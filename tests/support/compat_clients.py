@@ -1,5 +1,6 @@
 """Other people's clients, each in an environment of its own, run as scripts against a real server."""
 
+import socket
 import subprocess
 from pathlib import Path
 
@@ -42,3 +43,10 @@ async def nothing_left(server: Served) -> None:
     """Wait until no request runs and no block is held."""
     async with grpc.aio.insecure_channel(server.address) as channel:
         await load_when(channel, is_empty)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -49,6 +49,12 @@ def chat_stream(clients: Clients) -> None:
     assert usage.completion_tokens == TOKENS
 
 
+def chat_stream_with_patience(clients: Clients) -> None:
+    """A gateway that was killed is away for a moment; the client's own retries bridge it."""
+    clients.openai = clients.openai.with_options(max_retries=30)
+    chat_stream(clients)
+
+
 def conversation(clients: Clients) -> None:
     """A second turn that hangs on the first."""
     story = clients.chat(max_tokens=200).choices[0].message.content
@@ -141,6 +147,7 @@ FEATURES = {
         models,
         chat,
         chat_stream,
+        chat_stream_with_patience,
         conversation,
         completions,
         responses,
