@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WHEEL_ENV := .cache/wheel-env
+REQUESTS ?= 20000
 CLIENTS := kserve smg
 
 # Keeps the repository's root off sys.path, where transformers would take our kernels/ for the package
@@ -11,7 +12,7 @@ CLIENTS := kserve smg
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos demo check test wheel-env compat bench simulate gpu clean
+.PHONY: help install protos demo check test wheel-env compat bench simulate soak gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +71,9 @@ bench: protos ## Offline throughput of the demo checkpoint, as JSON in .cache/
 
 simulate: protos ## Policies against loads on simulated machines, in virtual time: one table a machine
 	PYTHONPATH=tests/support $(BIN)/python tests/simulation/lab.py
+
+soak: protos ## The engine in random worlds with faults, until REQUESTS have ended: 0 violations, or the seed
+	PYTHONPATH=tests/support $(BIN)/python tests/simulation/soak.py --requests $(REQUESTS)
 
 gpu: ## On a machine with CUDA, torch and triton: the kernels against references, peers and roofline
 	PYTHONPATH=.src:tests/support:tests/gpu $(PYTHON) -P tests/gpu/kernels.py --json gpu-kernels.json

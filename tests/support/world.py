@@ -5,9 +5,13 @@ hash of that: so one wrong block, anywhere, changes the tokens or is seen when i
 virtual, and all chance comes from one seed.
 """
 
+import hashlib
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import msgspec
 
 from tidegate.engine.core import EngineCore
 from tidegate.engine.memory.block import TRANSITIONS, Block, Event, State
@@ -66,6 +70,12 @@ class Faults:
     copy_fails: float = 0.0
     copy_delay: float = 0.3
     """That a copy under way does not end at this look."""
+    copy_haste: float = 0.3
+    """That its content moves at one of the moments before its end."""
+    copy_repeats: float = 0.1
+    """That an earlier copy is reported once more at a look."""
+    step_haste: float = 0.5
+    """That a step computes as soon as it is launched, and not when it is waited for."""
     step_fails: float = 0.0
     nonfinite: float = 0.0
 
@@ -74,15 +84,33 @@ class FakeTiers:
     """The content of both tiers, and a copy engine that takes its time and its own order."""
 
     def __init__(self, device: int, host: int, size: int, rng: random.Random, faults: Faults) -> None:
+        self.trace = hashlib.blake2b()
+        """Of all copies and steps in the order in which they were ordered."""
         self.device = [[POISON] * size for _ in range(device)]
         self.host = [[POISON] * size for _ in range(host)]
         self.bytes_per_second = 1e9
         self.under_way: list[CopyOp] = []
+        self._moved: set[int] = set()
+        """Tickets of those whose content has arrived, though nobody has been told."""
+        self._told: deque[int] = deque(maxlen=16)
+        """Tickets of the last ones; now and then one of them is reported again."""
         self._rng = rng
         self._faults = faults
 
     def submit(self, ops: list[CopyOp]) -> None:
+        self.trace.update(msgspec.msgpack.encode(ops))
         self.under_way.extend(ops)
+        self.move_some()
+
+    def move_some(self) -> None:
+        """Content moves at any moment behind the order, whatever the device does meanwhile."""
+        for op in self.under_way:
+            if op.ticket not in self._moved and self._rng.random() < self._faults.copy_haste:
+                self._move(op)
+
+    def _move(self, op: CopyOp) -> None:
+        self._moved.add(op.ticket)
+        self._copy(op)
 
     def poll(self) -> list[Completion]:
         done = []
@@ -91,14 +119,17 @@ class FakeTiers:
             if self._rng.random() < self._faults.copy_delay:
                 continue
             self.under_way.remove(op)
+            if op.ticket not in self._moved:
+                self._move(op)
+            self._moved.remove(op.ticket)
             if self._rng.random() < self._faults.copy_fails:
                 self._break(op)
                 done.append(Completion(op.ticket, False))
                 continue
-            self._copy(op)
             done.append(Completion(op.ticket, True))
-            if self._rng.random() < 0.05:
-                done.append(Completion(op.ticket, True))
+            self._told.append(op.ticket)
+        if self._told and self._rng.random() < self._faults.copy_repeats:
+            done.append(Completion(self._rng.choice(self._told), True))
         return done
 
     def _copy(self, op: CopyOp) -> None:
@@ -145,21 +176,27 @@ class FakeRunner:
 
     def __init__(self, tiers: FakeTiers, size: int, rng: random.Random, faults: Faults) -> None:
         self._tiers = tiers
+        self._trace = tiers.trace
         self._size = size
         self._rng = rng
         self._faults = faults
         self._rows: dict[int, Row] = {}
         self._queue: list[FakeStep] = []
+        self.num_launched = 0
 
     def launch(self, plan: StepPlan) -> FakeStep:
+        self.num_launched += 1
+        self._trace.update(msgspec.msgpack.encode(plan))
         step = FakeStep(self, plan)
         self._queue.append(step)
-        if self._rng.random() < 0.5:
+        if self._rng.random() < self._faults.step_haste:
             self.run_until(step)
+        self._tiers.move_some()
         return step
 
     def run_until(self, step: FakeStep) -> None:
         while step.outcome is None:
+            self._tiers.move_some()
             first = self._queue.pop(0)
             first.outcome = self._compute(first.plan)
 
@@ -254,12 +291,12 @@ class World:
             bytes_per_second=lambda: self.tiers.bytes_per_second,
             now=self.clock,
         )
-        runner = FakeRunner(self.tiers, self.block_size, self.rng, self.faults)
+        self.runner = FakeRunner(self.tiers, self.block_size, self.rng, self.faults)
         info = EngineInfo(
             "fake", "Fake", VOCAB, self.max_model_len, [EOS], self.block_size, self.device_blocks,
             self.host_blocks, 256, "fake", "fake", {},
         )  # fmt: skip
-        self.core = EngineCore(info, self.scheduler, runner, self.tiers, self.depth)
+        self.core = EngineCore(info, self.scheduler, self.runner, self.tiers, self.depth)
 
     def _observe(self, block: Block, event: Event, before: State, after: State) -> None:
         allowed = TRANSITIONS.get((before, event), frozenset())
