@@ -13,6 +13,7 @@ from tidegate.engine.memory.sizing import headroom, size_tiers
 from tidegate.engine.memory.tiers import BlockManager
 from tidegate.engine.memory.transfer import ThreadTransfer
 from tidegate.engine.messages import EngineInfo
+from tidegate.engine.model.operations import Operations
 from tidegate.engine.model.runner import ModelRunner
 from tidegate.engine.model.weights import load_model
 from tidegate.engine.scheduler import Limits, Scheduler
@@ -33,6 +34,7 @@ def build_engine(config: EngineConfig, progress: bool = False) -> EngineCore:
     path = resolve(config.model)
     model = load_model(path, dtype=config.dtype, device=device, progress=progress)
     loaded = time.perf_counter()
+    _say_which_kernels(model.operations)
 
     layout = model.layout(config.block_size or CPU_BLOCK_SIZE)
     sizes = size_tiers(
@@ -76,6 +78,7 @@ def build_engine(config: EngineConfig, progress: bool = False) -> EngineCore:
         max_model_len=sizes.max_model_len,
         eos_token_ids=model.config.eos_token_ids,
         depth=config.pipeline_depth,
+        argmax=model.operations.argmax,
     )
     info = EngineInfo(
         model=config.model,
@@ -100,6 +103,13 @@ def build_engine(config: EngineConfig, progress: bool = False) -> EngineCore:
         max_model_len=sizes.max_model_len,
     )
     return EngineCore(info, scheduler, runner, transfer, config.pipeline_depth)
+
+
+def _say_which_kernels(operations: Operations) -> None:
+    if operations.slower_because is None:
+        log.info("kernels", path=operations.path)
+    else:
+        log.warning("kernels", path=operations.path, slower_because=operations.slower_because)
 
 
 def _device(name: str) -> torch.device:

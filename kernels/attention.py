@@ -15,6 +15,7 @@ gathered copy, because the zero weight that the mask gives it does not silence a
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +59,18 @@ class _Prefill:
 
 
 @dataclass(slots=True)
+class _Gathers:
+    """Where a step's keys and values lie in the layer's table of tiles or lines."""
+
+    slot_lines: torch.Tensor
+    """Line of each (C, T, K), flat."""
+    decodes: list[_Decodes]
+    prefills: list[_Prefill]
+    scratch: torch.Tensor
+    """Room for the largest gather of the step, reused by each: fresh pages cost as much as the copy."""
+
+
+@dataclass(eq=False)
 class AttentionBatch:
     """One step's metadata, made once and shared by all layers. Make it with ``build``."""
 
@@ -68,17 +81,15 @@ class AttentionBatch:
     """Tokens of each sequence, this step's queries included."""
     block_tables_SM: torch.Tensor
     """int32 device block ids. Entries behind a sequence's last block are never followed."""
+    starts_S1: Int64Array
+    lens_S: Int64Array
+    """``query_starts`` and ``context_lens`` as arrays."""
     positions_T: torch.Tensor
     """int64 position of each query token in its sequence."""
     slot_blocks_T: torch.Tensor
     slot_offsets_T: torch.Tensor
     """int64: the block and the position in it where a token's key and value go."""
-    _slot_lines: torch.Tensor
-    """Line of each (C, T, K), flat."""
-    _decodes: list[_Decodes]
-    _prefills: list[_Prefill]
-    _scratch: torch.Tensor
-    """Room for the largest gather of the step, reused by each: fresh pages cost as much as the copy."""
+    _kv_NCKBD: torch.Tensor
 
     @classmethod
     def build(
@@ -93,44 +104,56 @@ class AttentionBatch:
 
         ``kv_NCKBD`` is any layer's view of the pool: its shape, strides and dtype are those of every layer.
         """
-        strides = _TileStrides.of(kv_NCKBD)
-        block_size, head_dim = kv_NCKBD.shape[3:]
-        tables_SM = block_tables_SM.numpy()
-        starts = np.asarray(query_starts, dtype=np.int64)
+        starts_S1 = np.asarray(query_starts, dtype=np.int64)
         lens_S = np.asarray(context_lens, dtype=np.int64)
-        counts_S = np.diff(starts)
-
+        counts_S = np.diff(starts_S1)
         sequence_T = np.repeat(np.arange(len(lens_S)), counts_S)
-        positions_T = np.arange(starts[-1]) + (lens_S - counts_S - starts[:-1])[sequence_T]
-        slot_blocks_T = tables_SM[sequence_T, positions_T // block_size].astype(np.int64)
-        slot_offsets_T = positions_T % block_size
-        slot_lines_CTK = (
-            strides.tiles(slot_blocks_T[:, None])[:, :, :, 0] * block_size + slot_offsets_T[None, :, None]
-        )
-
-        decodes = [
-            _build_decodes(rows_S, lens_S[rows_S], tables_SM, strides, kv_NCKBD)
-            for rows_S in _group_by_length(lens_S[:num_decodes], block_size)
-        ]
-        prefills = [
-            _build_prefill(
-                query_starts[s], query_starts[s + 1], context_lens[s], tables_SM[s], strides, block_size
-            )
-            for s in range(num_decodes, len(context_lens))
-        ]
-        gathers = [group.tiles for group in decodes] + [chunk.tiles for chunk in prefills]
+        positions_T = np.arange(starts_S1[-1]) + (lens_S - counts_S - starts_S1[:-1])[sequence_T]
+        block_size = kv_NCKBD.shape[3]
+        slot_blocks_T = block_tables_SM.numpy()[sequence_T, positions_T // block_size]
         return cls(
             num_decodes=num_decodes,
             query_starts=query_starts,
             context_lens=context_lens,
             block_tables_SM=block_tables_SM,
+            starts_S1=starts_S1,
+            lens_S=lens_S,
             positions_T=torch.from_numpy(positions_T),
-            slot_blocks_T=torch.from_numpy(slot_blocks_T),
-            slot_offsets_T=torch.from_numpy(slot_offsets_T),
-            _slot_lines=torch.from_numpy(slot_lines_CTK.reshape(-1)),
-            _decodes=decodes,
-            _prefills=prefills,
-            _scratch=kv_NCKBD.new_empty((max(map(len, gathers), default=0), block_size * head_dim)),
+            slot_blocks_T=torch.from_numpy(slot_blocks_T.astype(np.int64)),
+            slot_offsets_T=torch.from_numpy(positions_T % block_size),
+            _kv_NCKBD=kv_NCKBD,
+        )
+
+    @cached_property
+    def gathers(self) -> _Gathers:
+        """What this file's functions need; the native kernels do without."""
+        kv_NCKBD = self._kv_NCKBD
+        strides = _TileStrides.of(kv_NCKBD)
+        block_size, head_dim = kv_NCKBD.shape[3:]
+        tables_SM = self.block_tables_SM.numpy()
+        slot_tiles_CT = strides.tiles(self.slot_blocks_T.numpy()[:, None])[:, :, :, 0]
+        slot_lines_CTK = slot_tiles_CT * block_size + self.slot_offsets_T.numpy()[None, :, None]
+        decodes = [
+            _build_decodes(rows_S, self.lens_S[rows_S], tables_SM, strides, kv_NCKBD)
+            for rows_S in _group_by_length(self.lens_S[: self.num_decodes], block_size)
+        ]
+        prefills = [
+            _build_prefill(
+                self.query_starts[s],
+                self.query_starts[s + 1],
+                self.context_lens[s],
+                tables_SM[s],
+                strides,
+                block_size,
+            )
+            for s in range(self.num_decodes, len(self.context_lens))
+        ]
+        tiles = [group.tiles for group in decodes] + [chunk.tiles for chunk in prefills]
+        return _Gathers(
+            slot_lines=torch.from_numpy(slot_lines_CTK.reshape(-1)),
+            decodes=decodes,
+            prefills=prefills,
+            scratch=kv_NCKBD.new_empty((max(map(len, tiles), default=0), block_size * head_dim)),
         )
 
 
@@ -140,7 +163,7 @@ def write_kv(
     """Store the step's keys and values in the slots of their tokens."""
     head_dim = kv_NCKBD.shape[-1]
     written_CTKD = torch.stack((key_TKD, value_TKD))
-    _rows_of(kv_NCKBD, head_dim).index_copy_(0, batch._slot_lines, written_CTKD.view(-1, head_dim))
+    _rows_of(kv_NCKBD, head_dim).index_copy_(0, batch.gathers.slot_lines, written_CTKD.view(-1, head_dim))
 
 
 def paged_attention(
@@ -156,8 +179,8 @@ def paged_attention(
     tiles = _rows_of(kv_NCKBD, block_size * head_dim)
     out_THD = query_THD.new_empty(query_THD.shape)
 
-    for group in batch._decodes:
-        lines = _gather(tiles, group.tiles, batch._scratch).view(-1, head_dim)
+    for group in batch.gathers.decodes:
+        lines = _gather(tiles, group.tiles, batch.gathers.scratch).view(-1, head_dim)
         lines.index_fill_(0, group.padding, 0)
         num_seqs = len(group.tokens_S)
         key_SKPD, value_SKPD = lines.view(2, num_seqs, num_kv_heads, -1, head_dim)
@@ -167,8 +190,8 @@ def paged_attention(
         )
         out_THD.index_copy_(0, group.tokens_S, out_SKGD.reshape(num_seqs, num_heads, head_dim))
 
-    for chunk in batch._prefills:
-        gathered_CKPD = _gather(tiles, chunk.tiles, batch._scratch).view(2, num_kv_heads, -1, head_dim)
+    for chunk in batch.gathers.prefills:
+        gathered_CKPD = _gather(tiles, chunk.tiles, batch.gathers.scratch).view(2, num_kv_heads, -1, head_dim)
         key_1KPD, value_1KPD = gathered_CKPD[:, None, :, : chunk.context_len]
         query_1HTD = query_THD[chunk.start : chunk.end].transpose(0, 1).unsqueeze(0)
         out_1HTD = scaled_dot_product_attention(

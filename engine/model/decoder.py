@@ -3,8 +3,8 @@
 Plain functions over fused weights rather than modules: a step of a small model is limited by the number
 of operations dispatched, so query, key and value are one product, and so are gate and up.
 
-Legend: T packed tokens, R rows whose logits are wanted, M hidden size, H query heads, K KV heads,
-D head size, F intermediate size, V vocabulary; the pool's NLCKBD stands in ``engine.memory.layout``.
+Legend: T packed tokens, R rows whose logits are wanted, M hidden size, Y query heads times head size,
+V vocabulary; the pool's NLCKBD stands in ``engine.memory.layout``.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from tidegate.engine.memory.layout import BlockLayout
 from tidegate.engine.model.config import ModelConfig
 from tidegate.engine.model.linear import Projection
-from tidegate.engine.model.rope import Rotary, rotate
-from tidegate.kernels.attention import AttentionBatch, paged_attention, write_kv
+from tidegate.engine.model.operations import choose_operations
+from tidegate.kernels.attention import AttentionBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,7 @@ class Decoder:
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
         self._weights = weights
-        self._rotary = Rotary(config.rope, config.head_dim, self.dtype, self.device)
-        self._scale = config.head_dim**-0.5
+        self.operations = choose_operations(config, self.dtype, self.device)
 
     def layout(self, block_size: int) -> BlockLayout:
         """The KV blocks that this model reads and writes."""
@@ -70,44 +69,18 @@ class Decoder:
         Only ``sample_rows_R`` (indices into T) pass through what follows the last layer's attention: no
         later token reads the rest.
         """
-        weights = self._weights
-        cos_T1D, sin_T1D = self._rotary.angles(positions_T)
-        x_TM = F.embedding(token_ids_T, weights.embedding)
+        weights, operations = self._weights, self.operations
+        kv_LNCKBD = pool_NLCKBD.unbind(1)
+        attend = operations.attention(batch, kv_LNCKBD[0])
+        x_TM, delta_TM = F.embedding(token_ids_T, weights.embedding), None
         last = len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
-            kv_NCKBD = BlockLayout.layer(pool_NLCKBD, index)
-            normed_TM = self._norm(x_TM, layer.attention_norm)
-            attended_TX = self._attend(normed_TM, layer, kv_NCKBD, batch, cos_T1D, sin_T1D)
+            x_TM, normed_TM = operations.add_norm(x_TM, delta_TM, layer.attention_norm)
+            attended_TY = attend(layer.qkv(normed_TM), kv_LNCKBD[index])
             if index == last:
-                x_TM, attended_TX = (
-                    x_TM.index_select(0, sample_rows_R),
-                    attended_TX.index_select(0, sample_rows_R),
-                )
-            x_TM = x_TM + layer.o(attended_TX)
-            x_TM = x_TM + self._mlp(self._norm(x_TM, layer.mlp_norm), layer)
-        return weights.lm_head(self._norm(x_TM, weights.norm))
-
-    def _norm(self, x_TM: torch.Tensor, weight_M: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x_TM, weight_M.shape, weight_M, self.config.rms_eps)
-
-    def _attend(
-        self,
-        x_TM: torch.Tensor,
-        layer: LayerWeights,
-        kv_NCKBD: torch.Tensor,
-        batch: AttentionBatch,
-        cos_T1D: torch.Tensor,
-        sin_T1D: torch.Tensor,
-    ) -> torch.Tensor:
-        """Heads of each token side by side."""
-        config = self.config
-        turned = config.num_heads + config.num_kv_heads
-        heads_TXD = layer.qkv(x_TM).view(len(x_TM), turned + config.num_kv_heads, config.head_dim)
-        query_key_TXD = rotate(heads_TXD[:, :turned], cos_T1D, sin_T1D)
-        query_THD, key_TKD = query_key_TXD[:, : config.num_heads], query_key_TXD[:, config.num_heads :]
-        write_kv(key_TKD, heads_TXD[:, turned:], kv_NCKBD, batch)
-        return paged_attention(query_THD, kv_NCKBD, batch, self._scale).flatten(1)
-
-    def _mlp(self, x_TM: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        gate_TF, up_TF = layer.gate_up(x_TM).chunk(2, dim=-1)
-        return layer.down(F.silu(gate_TF) * up_TF)
+                x_TM = x_TM.index_select(0, sample_rows_R)
+                attended_TY = attended_TY.index_select(0, sample_rows_R)
+            x_TM, normed_TM = operations.add_norm(x_TM, layer.o(attended_TY), layer.mlp_norm)
+            delta_TM = layer.down(operations.silu_mul(layer.gate_up(normed_TM)))
+        _, normed_RM = operations.add_norm(x_TM, delta_TM, weights.norm)
+        return weights.lm_head(normed_RM)

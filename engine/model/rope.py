@@ -1,6 +1,7 @@
 """Rotary position embedding, in the order of operations of transformers, so that fp32 agrees with it.
 
-Legend: T packed tokens, H heads (query and key heads together), D head size, F = D/2 frequencies.
+Legend: T packed tokens, H heads (query and key heads together), D head size, F = D/2 frequencies,
+L positions.
 """
 
 import math
@@ -8,6 +9,9 @@ import math
 import torch
 
 from tidegate.engine.model.config import LinearRope, Llama3Rope, RopeConfig, YarnRope
+
+_FIRST_POSITIONS = 1024
+"""A table of angles starts with so many, and doubles as sequences grow beyond it."""
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
@@ -79,6 +83,7 @@ class Rotary:
         inv_freq_F, self._scale = inverse_frequencies(rope, head_dim)
         self._inv_freq_F = inv_freq_F.to(device)
         self._dtype = dtype
+        self._table_L2F = torch.empty((0, 2, len(inv_freq_F)), device=device)
 
     def angles(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine for one step, both T1D in the model's dtype, to be used by every layer.
@@ -92,6 +97,15 @@ class Rotary:
         cos_TD = torch.cat((cos_TF, cos_TF), dim=-1).to(self._dtype)
         sin_TD = torch.cat((-sin_TF, sin_TF), dim=-1).to(self._dtype)
         return cos_TD[:, None], sin_TD[:, None]
+
+    def table(self, num_positions: int) -> torch.Tensor:
+        """Cosine and sine of the positions from 0 on, in fp32; L2F with L at least ``num_positions``."""
+        known = len(self._table_L2F)
+        if known < num_positions:
+            positions_L = torch.arange(max(num_positions, 2 * known, _FIRST_POSITIONS))
+            angles_LF = positions_L[:, None].float() * self._inv_freq_F
+            self._table_L2F = torch.stack((angles_LF.cos(), angles_LF.sin()), dim=1) * self._scale
+        return self._table_L2F
 
 
 def rotate(heads_THD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:

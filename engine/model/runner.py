@@ -20,7 +20,7 @@ import torch
 
 from tidegate.engine import failpoints
 from tidegate.engine.memory.layout import BlockLayout
-from tidegate.engine.model.sampler import Sampler
+from tidegate.engine.model.sampler import Argmax, Sampler, torch_argmax
 from tidegate.engine.step import StepHandle, StepPlan, StepResult
 from tidegate.kernels.attention import AttentionBatch
 
@@ -55,12 +55,13 @@ class ModelRunner:
         max_model_len: int,
         eos_token_ids: Sequence[int],
         depth: int,
+        argmax: Argmax = torch_argmax,
     ) -> None:
         torch.set_num_threads(available_cores())
         self._model = model
         self._pool_NLCKBD = pool_NLCKBD
         self._block_size = layout.block_size
-        self._sampler = Sampler(max_rows, eos_token_ids)
+        self._sampler = Sampler(max_rows, eos_token_ids, argmax)
         self._tokens = np.zeros((max_rows, max_model_len), np.int32)
         self._block_tables = np.zeros((max_rows, -(-max_model_len // layout.block_size)), np.int32)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tidegate-steps") if depth > 1 else None

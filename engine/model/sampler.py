@@ -12,7 +12,7 @@ all rows together. Other leading letters number a subset of the rows: ``A`` adju
 random, ``F`` filtered, ``L`` with logprobs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,10 +63,30 @@ class Sampled:
     logprobs: list[PositionLogprobs | None]
 
 
-class Sampler:
-    """Keeps the sampling parameters of every row, as arrays, and samples from logits with them."""
+Greedy = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]
+"""For each row the token with the best logit, and whether all of its logits are finite."""
 
-    def __init__(self, max_rows: int, eos_token_ids: Sequence[int]) -> None:
+Argmax = Callable[[torch.Tensor], Greedy]
+
+
+def torch_argmax(logits_RV: torch.Tensor) -> Greedy:
+    logits_RV = logits_RV.float()
+    return logits_RV.argmax(1).numpy(), _finite(logits_RV)
+
+
+class Sampler:
+    """Keeps the sampling parameters of every row, as arrays, and samples from logits with them.
+
+    ``argmax`` serves the steps in which nobody wants more than the best token.
+    """
+
+    def __init__(
+        self,
+        max_rows: int,
+        eos_token_ids: Sequence[int],
+        argmax: Argmax = torch_argmax,
+    ) -> None:
+        self._argmax = argmax
         self._eos_token_ids = tuple(eos_token_ids)
         self._parameters = np.zeros(max_rows, _PARAMETERS)
         self._stop_ids: list[tuple[int, ...]] = [()] * max_rows
@@ -108,14 +128,12 @@ class Sampler:
 
         ``tokens`` is the table of all rows' tokens, known up to that position. May overwrite the logits.
         """
-        logits_RV = logits_RV.float()
-        # A sum is as finite as its terms, and much cheaper than looking at each.
-        finite_R = logits_RV.sum(1).isfinite()
-
         parameters_R = self._parameters[rows_R]
         if parameters_R["plain"].all():
-            return Sampled(logits_RV.argmax(1).numpy(), finite_R.numpy(), [None] * len(rows_R))
+            return Sampled(*self._argmax(logits_RV), [None] * len(rows_R))
 
+        logits_RV = logits_RV.float()
+        finite_R = _finite(logits_RV)
         reported = np.flatnonzero(parameters_R["logprobs"] != _NO_LOGPROBS)
         raw_LV = logits_RV[reported]
         self._adjust(logits_RV, parameters_R, rows_R, positions_R, tokens)
@@ -131,7 +149,7 @@ class Sampler:
         logprobs: list[PositionLogprobs | None] = [None] * len(rows_R)
         for i, raw_V in zip(reported.tolist(), raw_LV, strict=True):
             logprobs[i] = _logprobs(raw_V, int(token_ids_R[i]), int(parameters_R["logprobs"][i]))
-        return Sampled(token_ids_R, finite_R.numpy(), logprobs)
+        return Sampled(token_ids_R, finite_R, logprobs)
 
     def _adjust(
         self,
@@ -154,6 +172,12 @@ class Sampler:
         for i in np.flatnonzero(num_outputs_R < parameters_R["min_tokens"]).tolist():
             stop_ids = [token for token in self._stop_ids[rows_R[i]] if token < logits_RV.shape[1]]
             logits_RV[i, stop_ids] = -torch.inf
+
+
+def _finite(logits_RV: torch.Tensor) -> npt.NDArray[np.bool_]:
+    """A sum is as finite as its terms, and much cheaper than looking at each."""
+    finite_R: npt.NDArray[np.bool_] = logits_RV.sum(1).isfinite().numpy()
+    return finite_R
 
 
 def _penalize(

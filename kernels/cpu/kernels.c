@@ -1,0 +1,3 @@
+/* One translation unit, one library: what kernels/cpu/native.py calls. */
+#include "attention.c"
+#include "elementwise.c"
