@@ -362,7 +362,14 @@ async def _serve(
     except ConfigError as error:
         _log.error("cannot start", reason=str(error))
         return 1
-    _log.info("ready", model=engine.info.model, addresses=server.addresses, after_s=round(process_age(), 2))
+    _log.info(
+        "ready",
+        model=engine.info.model,
+        addresses=server.addresses,
+        health=server.health_addresses,
+        metrics=server.metrics_address,
+        after_s=round(process_age(), 2),
+    )
     try:
         # Around the drain, too: the gateway's requests finish through it.
         async with _gateway(config, server.addresses[-1], engine.info.model):

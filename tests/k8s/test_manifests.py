@@ -59,7 +59,7 @@ def complaints(manifest: Manifest, version: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
-@pytest.mark.parametrize("folder", BUILT)
+@pytest.mark.parametrize("folder", [*BUILT, "monitoring"])
 def test_every_overlay_builds_and_is_valid(folder: str, version: str) -> None:
     manifests = build(folder)
     assert manifests
