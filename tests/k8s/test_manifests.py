@@ -1,10 +1,7 @@
 """The Kubernetes manifests: every overlay builds, is valid, and keeps what the pages promise of it."""
 
 import copy
-import functools
 import json
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,36 +9,13 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
-import yaml
+from manifests import BUILT, Manifest, build, config, flag, pods
 
-ROOT = Path(__file__).parents[2]
-OVERLAYS = ("cpu", "gpu", "sidecar", "multi-gpu")
 KUBERNETES_VERSIONS = ("1.35", "1.36", "1.37")
 """The last three."""
 OUR_DRAIN_END = 10
 """Seconds that a server may take behind its drain grace, to write the last messages and to end."""
 SCHEMAS = Path(__file__).parent / "schemas"
-
-Manifest = dict[str, Any]
-
-
-@functools.cache
-def build(folder: str) -> tuple[Manifest, ...]:
-    """All objects of a kustomization below ``k8s/``."""
-    if shutil.which("kustomize"):
-        command = ["kustomize", "build"]
-    elif shutil.which("kubectl"):
-        command = ["kubectl", "kustomize"]
-    else:
-        pytest.fail("install kustomize, or kubectl 1.27 or later: the manifests are built with it")
-    built = subprocess.run(
-        [*command, str(ROOT / "k8s" / folder)], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert built.returncode == 0, built.stderr
-    return tuple(yaml.safe_load_all(built.stdout))
-
-
-BUILT = [*(f"overlays/{overlay}" for overlay in OVERLAYS), "examples/inference-pool"]
 
 
 def complaints(manifest: Manifest, version: str) -> Iterator[str]:
@@ -84,20 +58,6 @@ def test_a_planted_mistake_is_caught(kind: str, path: tuple[str | int, ...], val
         place = place[step]
     place[path[-1]] = value
     assert list(complaints(manifest, KUBERNETES_VERSIONS[-1]))
-
-
-def pods(folder: str) -> Iterator[tuple[Manifest, Manifest]]:
-    """Each Deployment's pod template, and the container in it that is Tidegate."""
-    for manifest in build(folder):
-        if manifest["kind"] == "Deployment":
-            spec = manifest["spec"]["template"]["spec"]
-            containers = [*spec.get("initContainers", ()), *spec["containers"]]
-            yield spec, next(container for container in containers if container["name"] == "tidegate")
-
-
-def flag(container: Manifest, name: str) -> str | None:
-    given = [arg.partition("=")[2] for arg in container["args"] if arg.startswith(f"--{name}=")]
-    return given[-1] if given else None
 
 
 @pytest.mark.parametrize("folder", BUILT)
@@ -181,11 +141,6 @@ def test_selectors_select_the_pods_and_clients_are_asked_for_one_label_only(fold
     client = manifests["NetworkPolicy"]["ingress"][0]["from"]
     assert client == [{"podSelector": {"matchLabels": {"tidegate.dev/client": "true"}}}]
     assert manifests["Service"]["clusterIP"] == "None"
-
-
-def config(folder: str) -> dict[str, str]:
-    data: dict[str, str] = next(m["data"] for m in build(folder) if m["kind"] == "ConfigMap")
-    return data
 
 
 def size_of(quantity: str) -> float:
