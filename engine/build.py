@@ -8,6 +8,7 @@ import torch
 from tidegate.engine.checkpoint import resolve
 from tidegate.engine.config import ConfigError, EngineConfig
 from tidegate.engine.core import EngineCore
+from tidegate.engine.memory.host_pool import HostPool
 from tidegate.engine.memory.prefix import BlockHasher
 from tidegate.engine.memory.sizing import headroom, size_tiers
 from tidegate.engine.memory.tiers import BlockManager
@@ -45,7 +46,7 @@ def build_engine(config: EngineConfig, progress: bool = False) -> EngineCore:
         free=headroom(),
     )
     device_pool = layout.allocate(sizes.device, device)
-    host_pool = layout.allocate(sizes.host, torch.device("cpu"))
+    host_pool = HostPool(layout.allocate(sizes.host, torch.device("cpu")))
     transfer = ThreadTransfer(device_pool, host_pool)
     hasher = BlockHasher(f"{path}:{model.dtype}", layout.block_size) if config.prefix_caching else None
     manager = BlockManager(
@@ -54,6 +55,7 @@ def build_engine(config: EngineConfig, progress: bool = False) -> EngineCore:
         host_blocks=sizes.host,
         transfer=transfer,
         hasher=hasher,
+        host_ready=lambda: host_pool.num_ready,
         host_quota=int(config.tenant_host_share * sizes.host),
     )
     scheduler = Scheduler(

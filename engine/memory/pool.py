@@ -7,7 +7,7 @@ ROOM_TO_GROW = 8
 
 
 class BlockPool:
-    """A fixed number of slots. Knows nothing of what they hold; made once for each tier.
+    """A number of slots, which may grow. Knows nothing of what they hold; made once for each tier.
 
     Blocks that are copied together should be neighbours, so that their copies merge into longer ones: an
     index next to the one before is taken where it is free, and else the first of a free run.
@@ -18,6 +18,14 @@ class BlockPool:
         self.num_free = num_blocks
         self._is_free = bytearray(b"\x01" * num_blocks)
         self._last = -1
+
+    def grow(self, num_blocks: int) -> None:
+        """From now on there are so many; never fewer than before."""
+        more = num_blocks - self.num_blocks
+        if more > 0:
+            self._is_free.extend(b"\x01" * more)
+            self.num_blocks += more
+            self.num_free += more
 
     def take(self, after: int | None = None) -> int:
         """A free index, behind ``after`` if possible; None: behind the one that was taken last.

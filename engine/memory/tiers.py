@@ -21,7 +21,7 @@ No torch here: copies are somebody else's work (``transfer.py``), and so the who
 simulation.
 """
 
-from collections.abc import Iterable, KeysView, Sequence
+from collections.abc import Callable, Iterable, KeysView, Sequence
 
 from tidegate.engine.memory.block import Block, BlockTable, Observer, State
 from tidegate.engine.memory.copies import Reason, Transfer
@@ -42,18 +42,20 @@ class BlockManager:
         host_blocks: int,
         transfer: Transfer,
         hasher: BlockHasher | None,
+        host_ready: Callable[[], int] | None = None,
         host_quota: int | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """``hasher`` None: no prefix is ever shared. ``host_quota``: blocks that each tenant may have parked
-        before it is the first to lose some. ``observer`` is told of every transition.
+        """``hasher`` None: no prefix is ever shared. ``host_ready`` tells how many of the host's blocks can
+        be used by now, from the first; None: all of them. ``host_quota``: blocks that each tenant may have
+        parked before it is the first to lose some. ``observer`` is told of every transition.
         """
         self.block_size = block_size
         self.hasher = hasher
         self._store = BlockStore(
             block_size=block_size,
             device_blocks=device_blocks,
-            host_blocks=host_blocks,
+            host_blocks=host_blocks if host_ready is None else min(host_blocks, host_ready()),
             host_quota=host_quota,
             transfer=transfer,
             observer=observer,
@@ -61,6 +63,8 @@ class BlockManager:
         self.device = self._store.device
         self.host = self._store.host
         self.stats = self._store.stats
+        self._host_blocks = host_blocks
+        self._host_ready = host_ready
 
     # What there is room for
 
@@ -396,7 +400,9 @@ class BlockManager:
         self._store.flush()
 
     def poll(self) -> None:
-        """Take in the copies that have ended."""
+        """Take in the copies that have ended, and the part of the host tier that has become ready."""
+        if self._host_ready is not None and self.host.num_blocks < self._host_blocks:
+            self.host.grow(min(self._host_blocks, self._host_ready()))
         self._store.poll()
 
     def write_ahead(self, blocks: Iterable[Block], most: int) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from tidegate.engine import failpoints
 from tidegate.engine.memory.copies import Completion, CopyOp, Run, merge_runs
+from tidegate.engine.memory.host_pool import HostPool
 
 SLICE_BYTES = 256 << 10
 """What is copied at one go: short enough that nobody who computes has to wait long for the memory."""
@@ -35,11 +36,13 @@ class ThreadTransfer:
     copy engine, so the same races have to be right.
     """
 
-    def __init__(self, device_pool: torch.Tensor, host_pool: torch.Tensor) -> None:
+    def __init__(self, device_pool: torch.Tensor, host_pool: HostPool) -> None:
+        """The pools of both tiers; the host's is closed with the transfer."""
         # numpy copies plain bytes on this thread alone and without the interpreter's lock; torch would
         # spread a large copy over the threads that compute.
         self._device: Bytes = device_pool.view(torch.uint8).flatten(1).numpy()
-        self._host: Bytes = host_pool.view(torch.uint8).flatten(1).numpy()
+        self._host: Bytes = host_pool.blocks.view(torch.uint8).flatten(1).numpy()
+        self._host_pool = host_pool
         self._loads: deque[Run] = deque()
         self._write_backs: deque[Run] = deque()
         self._done: deque[Completion] = deque()
@@ -75,6 +78,7 @@ class ThreadTransfer:
             self._work.notify()
         self._hurry.set()
         self._thread.join()
+        self._host_pool.close()
 
     def _loop(self) -> None:
         while (run := self._next_run()) is not None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from tidegate.engine.memory.block import BlockTable
+from tidegate.engine.memory.host_pool import HostPool
 from tidegate.engine.memory.tiers import BlockManager
 from tidegate.engine.memory.transfer import ThreadTransfer
 
@@ -72,7 +73,7 @@ class Storm:
         self.rng = random.Random(seed)
         self.device = np.zeros((DEVICE_BLOCKS, BLOCK_SIZE, WIDTH), np.uint64)
         host = np.zeros((HOST_BLOCKS, BLOCK_SIZE, WIDTH), np.uint64)
-        self.transfer = ThreadTransfer(torch.from_numpy(self.device), torch.from_numpy(host))
+        self.transfer = ThreadTransfer(torch.from_numpy(self.device), HostPool(torch.from_numpy(host)))
         self.manager = BlockManager(
             block_size=BLOCK_SIZE,
             device_blocks=DEVICE_BLOCKS,

@@ -13,6 +13,7 @@ import structlog
 import torch
 
 from tidegate.engine.memory.copies import Completion, CopyOp
+from tidegate.engine.memory.host_pool import HostPool
 from tidegate.engine.memory.layout import BlockLayout
 from tidegate.engine.memory.transfer import SHARE, SHORTEST_REST, SLICE_BYTES, ThreadTransfer
 
@@ -46,7 +47,7 @@ class Tiers:
 def tiers() -> Iterator[Tiers]:
     device = LAYOUT.allocate(DEVICE_BLOCKS, torch.device("cpu"))
     host = LAYOUT.allocate(HOST_BLOCKS, torch.device("cpu"))
-    transfer = ThreadTransfer(device, host)
+    transfer = ThreadTransfer(device, HostPool(host))
     yield Tiers(device, host, transfer)
     transfer.close()
 
@@ -156,7 +157,7 @@ def test_every_dtype_travels_as_bytes(dtype: torch.dtype) -> None:
     device, host = (layout.allocate(2, torch.device("cpu")) for _ in range(2))
     data = np.random.default_rng(0).integers(0, 256, layout.block_bytes, np.uint8)
     device[1].view(torch.uint8).numpy().reshape(-1)[:] = data
-    transfer = ThreadTransfer(device, host)
+    transfer = ThreadTransfer(device, HostPool(host))
     tiers = Tiers(device, host, transfer)
     transfer.submit([CopyOp(1, True, 1, 0)])
     tiers.wait_for(1)
@@ -202,7 +203,7 @@ def test_waiting_ends_with_the_first_report_or_with_the_time(tiers: Tiers) -> No
 def test_loads_go_before_write_backs_and_large_blocks_go_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what is queued while a copy is under way; a sequence waits for a load."""
     device = torch.zeros(8, SLICE_BYTES // 4 * 3, dtype=torch.uint8)
-    host = torch.ones(8, SLICE_BYTES // 4 * 3, dtype=torch.uint8)
+    host = torch.empty(8, SLICE_BYTES // 4 * 3, dtype=torch.uint8)
     reached, go, slices = threading.Event(), threading.Event(), []
     copyto = np.copyto
 
@@ -213,7 +214,8 @@ def test_loads_go_before_write_backs_and_large_blocks_go_in_slices(monkeypatch: 
         copyto(target, source)
 
     monkeypatch.setattr(np, "copyto", held_up)
-    tiers = Tiers(device, host, ThreadTransfer(device, host))
+    tiers = Tiers(device, host, ThreadTransfer(device, HostPool(host)))
+    host.fill_(1)
     tiers.transfer.submit([CopyOp(1, True, 0, 0)])
     assert reached.wait(30)
     tiers.transfer.submit([CopyOp(2, True, 2, 2), CopyOp(3, False, 4, 4), CopyOp(4, False, 5, 5)])
@@ -259,7 +261,7 @@ def test_its_rate_is_measured(tiers: Tiers) -> None:
 
 def test_closing_ends_the_thread_whatever_is_queued() -> None:
     device, host = (LAYOUT.allocate(8, torch.device("cpu")) for _ in range(2))
-    transfer = ThreadTransfer(device, host)
+    transfer = ThreadTransfer(device, HostPool(host))
     transfer.submit([CopyOp(ticket, True, ticket, ticket) for ticket in range(8)])
     transfer.close()
     assert all(thread.name != "tidegate-copies" for thread in threading.enumerate())
@@ -268,7 +270,7 @@ def test_closing_ends_the_thread_whatever_is_queued() -> None:
 
 def test_a_host_tier_of_no_blocks_is_served() -> None:
     transfer = ThreadTransfer(
-        LAYOUT.allocate(2, torch.device("cpu")), LAYOUT.allocate(0, torch.device("cpu"))
+        LAYOUT.allocate(2, torch.device("cpu")), HostPool(LAYOUT.allocate(0, torch.device("cpu")))
     )
     assert transfer.poll() == []
     transfer.close()
