@@ -1,0 +1,121 @@
+"""``tidegate batch``: OpenAI's batch format in and out, by the command that a user types."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import Served, served
+
+TIDEGATE = Path(sys.executable).with_name("tidegate")
+STORY = [{"role": "user", "content": "Tell me a story about a kite."}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with served(tmp_path_factory.mktemp("server"), "demo") as running:
+        yield running
+
+
+def request(custom_id: str, url: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+    body = {"model": "demo", "max_tokens": 12, "temperature": 0, **body}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+def batch(folder: Path, server: Served, requests: list[Any]) -> tuple[int, dict[str, Any], str]:
+    """Exit status, answers by id, and what was said."""
+    source, answers = folder / "in.jsonl", folder / "out.jsonl"
+    source.write_text("".join(json.dumps(each) + "\n" for each in requests))
+    command = [TIDEGATE, "batch", source, answers, "--server", server.address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    lines = answers.read_text().splitlines() if answers.exists() else []
+    read = [json.loads(line) for line in lines]
+    assert len({answer["custom_id"] for answer in read}) == len(read)
+    return done.returncode, {answer["custom_id"]: answer for answer in read}, done.stderr
+
+
+def test_chats_and_completions_are_answered_as_openai_would(tmp_path: Path, server: Served) -> None:
+    status, answers, _ = batch(
+        tmp_path,
+        server,
+        [
+            request("chat", "/v1/chat/completions", messages=STORY, max_completion_tokens=12),
+            request("text", prompt="Once upon a time", n=2, temperature=1, seed=3),
+            request("stopped", prompt="Once upon a time", max_tokens=200, stop="."),
+        ],
+    )
+    assert status == 0
+    chat, text, stopped = (answers[name]["response"]["body"] for name in ("chat", "text", "stopped"))
+    assert chat["object"] == "chat.completion"
+    assert chat["choices"][0]["message"]["role"] == "assistant"
+    assert chat["choices"][0]["message"]["content"]
+    assert chat["choices"][0]["finish_reason"] == "length"
+    assert chat["usage"]["completion_tokens"] == 12
+    assert [choice["index"] for choice in text["choices"]] == [0, 1]
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+    assert "." not in stopped["choices"][0]["text"]
+
+
+def test_a_line_that_cannot_be_run_is_answered_with_its_fault_and_the_others_go_on(
+    tmp_path: Path, server: Served
+) -> None:
+    status, answers, said = batch(
+        tmp_path,
+        server,
+        [
+            request("good", prompt="Once"),
+            request("long", prompt="Once", max_tokens=10**6),
+            request("unknown", prompt="Once", logit_bias={"1": 2}),
+            request("type", prompt="Once", max_tokens="many"),
+            request("url", "/v1/embeddings"),
+            request("empty"),
+        ],
+    )
+    assert status == 1
+    assert answers["good"]["error"] is None
+    for name, word in (
+        ("long", "max_tokens"),
+        ("unknown", "body.logit_bias"),
+        ("type", "type"),
+        ("url", "/v1/chat/completions"),
+        ("empty", "body.prompt"),
+    ):
+        assert answers[name]["response"]["status_code"] == 400
+        assert word in answers[name]["error"]["message"]
+    assert "1 answered, 5 failed" in said
+
+
+def test_a_batch_that_was_cut_off_goes_on_where_it_stopped(tmp_path: Path, server: Served) -> None:
+    requests = [request(str(number), prompt=f"There is {number}") for number in range(6)]
+    _, whole, _ = batch(tmp_path, server, requests)
+    lines = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    status, answers, said = batch(tmp_path, server, requests)
+    assert (status, answers.keys()) == (0, whole.keys())
+    assert "3 answered" in said
+    texts = [
+        {name: answer["response"]["body"]["choices"] for name, answer in each.items()}
+        for each in (whole, answers)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["{"], "in.jsonl, line 1: must be a JSON object with a custom_id"),
+        ([json.dumps(request("a", prompt="x"))] * 2, "line 2: custom_id must be a text, and no other line's"),
+    ],
+)
+def test_a_file_that_is_no_batch_is_one_line_that_names_the_line(
+    tmp_path: Path, server: Served, lines: list[str], said: str
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(lines))
+    command = [TIDEGATE, "batch", source, tmp_path / "out.jsonl", "--server", server.address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
