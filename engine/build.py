@@ -17,7 +17,9 @@ from tidegate.engine.messages import EngineInfo
 from tidegate.engine.model.operations import Operations
 from tidegate.engine.model.runner import ModelRunner
 from tidegate.engine.model.weights import load_model
+from tidegate.engine.profiler import Profiler
 from tidegate.engine.scheduler import Limits, Scheduler
+from tidegate.engine.torch_trace import TorchTrace
 
 CPU_BLOCK_SIZE = 32
 """On the CPU device 16, 32 and 64 took about the same time a step: the middle one."""
@@ -104,7 +106,7 @@ def build_engine(config: EngineConfig, progress: bool = False) -> EngineCore:
         block_size=layout.block_size,
         max_model_len=sizes.max_model_len,
     )
-    return EngineCore(info, scheduler, runner, transfer, config.pipeline_depth)
+    return EngineCore(info, scheduler, runner, transfer, config.pipeline_depth, Profiler(TorchTrace))
 
 
 def _say_which_kernels(operations: Operations) -> None:

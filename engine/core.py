@@ -13,14 +13,18 @@ from tidegate.engine.messages import (
     Command,
     EngineInfo,
     Finish,
+    Flush,
     Inspect,
     Limit,
+    Pause,
+    Profile,
     Release,
     Stats,
     StepOutput,
     Submit,
     Update,
 )
+from tidegate.engine.profiler import Profiler
 from tidegate.engine.scheduler import ScheduledStep, Scheduler
 from tidegate.engine.step import Runner, StepHandle
 
@@ -34,7 +38,13 @@ class EngineCore:
     """One engine. Calls come from one thread; ``step`` never waits longer than for one step."""
 
     def __init__(
-        self, info: EngineInfo, scheduler: Scheduler, runner: Runner, transfer: Transfer, depth: int
+        self,
+        info: EngineInfo,
+        scheduler: Scheduler,
+        runner: Runner,
+        transfer: Transfer,
+        depth: int,
+        profiler: Profiler | None = None,
     ) -> None:
         self.info = info
         self.recorder = FlightRecorder()
@@ -42,6 +52,8 @@ class EngineCore:
         self._runner = runner
         self._transfer = transfer
         self._depth = depth
+        self._profiler = profiler or Profiler(None)
+        self._is_paused = False
         self._in_flight: deque[tuple[ScheduledStep, StepHandle]] = deque()
         self._stats_due = 0.0
         self._was_idle = True
@@ -62,16 +74,22 @@ class EngineCore:
                 self.scheduler.release(command)
             case Inspect():
                 self.scheduler.inspect(command)
+            case Pause():
+                self._is_paused = command.is_on
+            case Flush():
+                self.scheduler.flush(command)
+            case Profile():
+                self._profiler.start(command.steps)
 
     def step(self) -> StepOutput:
         """One beat: what it returns may be empty."""
-        planned = self.scheduler.plan()
+        planned = None if self._is_paused else self.scheduler.plan()
         if planned is not None:
             self.recorder.launched(planned.plan.step_id, planned.places)
             self._in_flight.append((planned, self._runner.launch(planned.plan)))
         if len(self._in_flight) >= self._depth or (planned is None and self._in_flight):
             self._collect()
-        elif planned is None:
+        elif planned is None and not self._is_paused:
             self._wait_or_shed()
         return self._say()
 
@@ -87,6 +105,8 @@ class EngineCore:
             self._in_flight.popleft()
             self.scheduler.apply(planned, result)
         self.recorder.landed(planned.plan.step_id)
+        if (path := self._profiler.stepped()) is not None:
+            self.scheduler.profiled(path)
 
     def _wait_or_shed(self) -> None:
         if self.scheduler.is_copying:
@@ -106,11 +126,11 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether ``step`` would do something now, without a command or a timer."""
-        return bool(self._in_flight) or self.scheduler.has_work
+        return bool(self._in_flight) or (self.scheduler.has_work and not self._is_paused)
 
     def next_deadline(self) -> float | None:
         """The monotonic time of the next timer: a deadline, or the end of a grace."""
-        return self.scheduler.next_timer()
+        return None if self._is_paused else self.scheduler.next_timer()
 
     def stats(self) -> Stats:
         return self.scheduler.snapshot()

@@ -7,8 +7,10 @@ from tidegate.engine.messages import (
     Admitted,
     Delta,
     Finished,
+    Flushed,
     Inspection,
     PositionLogprobs,
+    Profiled,
     Progress,
     ProgressKind,
     Refused,
@@ -66,6 +68,12 @@ class Journal:
         if seq.wanted_at is not None:
             self.stats.resume_wait.observe(self._now() - seq.wanted_at)
         seq.preempted_at = seq.wanted_at = None
+
+    def flushed(self, device_blocks: int, host_blocks: int) -> None:
+        self._out.flushed = Flushed(device_blocks, host_blocks)
+
+    def profiled(self, path: str) -> None:
+        self._out.profiled = Profiled(path)
 
     def refused(self, request_id: str, violations: list[Violation]) -> None:
         self._out.refused.append(Refused(request_id, violations))

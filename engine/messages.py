@@ -63,7 +63,26 @@ class Inspect(msgspec.Struct, tag="inspect"):
     max_sequences: int = 1000
 
 
-Command = Submit | Limit | Finish | Update | Release | Inspect
+class Pause(msgspec.Struct, tag="pause"):
+    """Plan no more steps, or go on. What is under way is collected; commands are taken in."""
+
+    is_on: bool
+
+
+class Flush(msgspec.Struct, tag="flush"):
+    """Forget the prefixes that nobody holds, in these tiers. Answered by ``Flushed``."""
+
+    device: bool
+    host: bool
+
+
+class Profile(msgspec.Struct, tag="profile"):
+    """Record a trace of the next steps, so many. Answered by ``Profiled``; one at a time."""
+
+    steps: int
+
+
+Command = Submit | Limit | Finish | Update | Release | Inspect | Pause | Flush | Profile
 
 
 class Logprob(msgspec.Struct, array_like=True):
@@ -285,6 +304,18 @@ class Inspection(msgspec.Struct):
     """Those that run first, then by urgency, then the leased ones."""
 
 
+class Flushed(msgspec.Struct, array_like=True):
+    """Slots that came free."""
+
+    device_blocks: int
+    host_blocks: int
+
+
+class Profiled(msgspec.Struct, array_like=True):
+    path: str
+    """Of the trace."""
+
+
 class StepOutput(msgspec.Struct):
     """All that one step gives to the front, in the order in which it is to be read."""
 
@@ -295,6 +326,8 @@ class StepOutput(msgspec.Struct):
     finished: list[Finished] = []
     stats: Stats | None = None
     inspection: Inspection | None = None
+    flushed: Flushed | None = None
+    profiled: Profiled | None = None
 
     def __bool__(self) -> bool:
         return bool(
@@ -305,6 +338,8 @@ class StepOutput(msgspec.Struct):
             or self.finished
             or self.stats
             or self.inspection
+            or self.flushed
+            or self.profiled
         )
 
 

@@ -21,6 +21,7 @@ from tidegate.engine.limits import Limits
 from tidegate.engine.memory.tiers import BlockManager
 from tidegate.engine.messages import (
     Finish,
+    Flush,
     Inspect,
     Limit,
     Place,
@@ -132,6 +133,12 @@ class Scheduler:
 
     def inspect(self, command: Inspect) -> None:
         self._journal.inspected(self._reporter.inspection(command.max_sequences))
+
+    def profiled(self, path: str) -> None:
+        self._journal.profiled(path)
+
+    def flush(self, command: Flush) -> None:
+        self._journal.flushed(*self._manager.forget_prefixes(device=command.device, host=command.host))
 
     def request_ids(self) -> list[str]:
         """Requests that have not ended, in the order in which they came."""

@@ -39,6 +39,7 @@ _FLAG_OF = {
     name: f"--{name.replace('_', '-')}" for name in _DEFAULTS if name not in ("model", "engine", "security")
 } | {
     "addresses": "--listen",
+    "admin_addresses": "--admin-listen",
     "prefix_caching": "--no-prefix-caching",
 }
 """Fields of the configurations, and how the command line calls them."""
@@ -100,8 +101,9 @@ def serve(args: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(args).items() if value is not None}
     if "protocols" in given:
         given["protocols"] = tuple(name for name in given["protocols"].split(",") if name)
-    if "addresses" in given:
-        given["addresses"] = tuple(given["addresses"])
+    for name in ("addresses", "admin_addresses"):
+        if name in given:
+            given[name] = tuple(given[name])
     engine = EngineConfig(**{name: given[name] for name in EngineConfig.__struct_fields__ if name in given})
     security = SecurityConfig(**{f.name: given[f.name] for f in _SECURITY_FIELDS if f.name in given})
     settings = {field.name: given[field.name] for field in _SERVER_FIELDS if field.name in given}
@@ -117,7 +119,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         shown = _DEFAULTS[name]
         if isinstance(shown, tuple):
             shown = ",".join(shown)
-        if shown is not None and not isinstance(shown, bool):
+        if shown not in (None, "") and not isinstance(shown, bool):
             summary = f"{summary} (default: {shown})"
         parser.add_argument(_FLAG_OF[name], dest=name, help=summary, default=None, **options)
 
@@ -135,6 +137,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
     )
     add("health_port", "answer health probes alone there, in plaintext", metavar="[HOST:]PORT")
+    add("admin_addresses", "serve AdminService there", action="append", metavar="ADDRESS")
     add("metrics_port", "serve metrics for Prometheus there", metavar="[HOST:]PORT")
     add("reflection", "answer gRPC reflection", action="store_true")
     add(

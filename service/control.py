@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from tidegate.engine.messages import Inspect, Inspection
 from tidegate.engine.request import Violation
 from tidegate.engine.text import Text
 from tidegate.service import convert
@@ -21,6 +22,7 @@ from tidegate.v1 import control_pb2, control_pb2_grpc
 
 MIN_INTERVAL = 0.01
 DEFAULT_INTERVAL = 1.0
+MAX_SEQUENCES = 1000
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
@@ -36,13 +38,17 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def GetServerInfo(
         self, request: control_pb2.GetServerInfoRequest, context: object
     ) -> control_pb2.GetServerInfoResponse:
+        admission = self._hub.admission.limits
         return control_pb2.GetServerInfoResponse(
             version=version("tidegate"),
             incarnation=self._incarnation,
             started_at=self._started_at,
             draining=self._hub.is_draining,
             session_limits=self._limits.message(),
-            max_waiting=self._hub.admission.limits.max_waiting,
+            max_waiting=admission.max_waiting,
+            max_waiting_tokens=admission.max_waiting_tokens,
+            tenant_requests=admission.tenant_requests,
+            tenant_tokens=admission.tenant_tokens,
         )
 
     async def GetModelInfo(
@@ -85,6 +91,33 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._hub.stopping.wait(), interval)
                 raise draining()
+
+    async def Inspect(
+        self, request: control_pb2.InspectRequest, context: object
+    ) -> control_pb2.InspectResponse:
+        most = request.max_sequences if request.HasField("max_sequences") else MAX_SEQUENCES
+        if not 1 <= most <= MAX_SEQUENCES:
+            raise Failure.invalid([Violation("max_sequences", f"must be from 1 to {MAX_SEQUENCES}")])
+        inspection = await self._hub.ask(Inspect(most), Inspection)
+        stats = self._hub.stats
+        return control_pb2.InspectResponse(
+            load=convert.load(stats, self._hub.is_draining),
+            totals=convert.totals(stats),
+            device_slots=inspection.device,
+            host_slots=inspection.host,
+            sequences=[
+                convert.sequence(view, self._request_id(view.request_id)) for view in inspection.sequences
+            ],
+            swap_out=convert.link(stats.swap_out),
+            swap_in=convert.link(stats.swap_in),
+        )
+
+    def _request_id(self, engine_id: str) -> str | None:
+        """The caller's own name for a request of the engine; None where it is another tenant's."""
+        generation = self._hub.submitted(engine_id)
+        if generation is None or generation.tenant != caller().tenant:
+            return None
+        return generation.request_id
 
     async def Abort(self, request: control_pb2.AbortRequest, context: object) -> control_pb2.AbortResponse:
         tenant = request.tenant if request.HasField("tenant") else caller().tenant

@@ -119,6 +119,27 @@ def totals(stats: Stats) -> control_pb2.Totals:
     )
 
 
+def sequence(view: messages.SequenceView, request_id: str | None) -> control_pb2.SequenceState:
+    return control_pb2.SequenceState(
+        request_id=request_id,
+        choice=view.choice,
+        status=view.status,
+        priority=view.priority,
+        prompt_tokens=view.prompt_tokens,
+        output_tokens=view.output_tokens,
+        computed_tokens=view.computed_tokens,
+        device_blocks=view.device_blocks,
+        host_blocks=view.host_blocks,
+        seconds=view.seconds,
+    )
+
+
+def link(swaps: messages.SwapStats) -> control_pb2.Link:
+    return control_pb2.Link(
+        bytes=sum(swaps.bytes.values()), queue_bytes=swaps.queue_bytes, utilization=swaps.utilization
+    )
+
+
 def duration(seconds: float) -> Duration:
     message = Duration()
     message.FromTimedelta(timedelta(seconds=seconds))

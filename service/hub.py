@@ -17,10 +17,11 @@ import msgspec
 
 from tidegate.engine import failpoints
 from tidegate.engine.client import EngineClient, EngineGone
-from tidegate.engine.messages import Command, Limit, Stats, StepOutput, Submit
+from tidegate.engine.messages import Command, Flush, Inspect, Limit, Pause, Profile, Stats, StepOutput, Submit
 from tidegate.engine.request import FinishReason, Request, SamplingParams
 from tidegate.engine.text import Text
 from tidegate.service.admission import Admission, Ticket
+from tidegate.service.answers import A, Answers
 from tidegate.service.errors import Failure, log_unexpected
 from tidegate.service.events import Outbox
 from tidegate.service.generation import Generation
@@ -69,6 +70,8 @@ class Hub:
         """Of all that are under way."""
         self._engine_ids = (f"r{number}" for number in itertools.count())
         self._is_gone = False
+        self._is_paused = False
+        self._answers = Answers()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -158,8 +161,27 @@ class Hub:
         if self._is_told:
             self._send(Submit(request))
 
+    async def ask(self, question: Inspect | Flush | Profile, kind: type[A]) -> A:
+        """The engine's answer. Raises ``Failure`` where the engine is gone before it comes."""
+
+        def send() -> None:
+            if self._is_gone or not self._is_told:
+                raise _engine_gone()
+            self._send(question)
+
+        return await self._answers.get(kind, send)
+
+    def pause(self, is_on: bool) -> None:
+        """Let the engine plan no more steps, or go on; so does one that takes its place."""
+        self._is_paused = is_on
+        self._send(Pause(is_on))
+
     def find(self, tenant: str, request_id: str) -> Generation | None:
         return self._generations.get((tenant, request_id))
+
+    def submitted(self, engine_id: str) -> Generation | None:
+        """The request that the engine knows by this id."""
+        return self._submitted.get(engine_id)
 
     def __iter__(self) -> Iterator[Generation]:
         """All requests that are under way."""
@@ -182,6 +204,7 @@ class Hub:
                     await self._replace_engine(gone)
         finally:
             self._is_gone = True
+            self._answers.fail(_engine_gone())
             for generation in self:
                 generation.on_gone(_engine_gone())
 
@@ -199,6 +222,7 @@ class Hub:
         if self._restart is None:
             raise gone
         self._is_told = False
+        self._answers.fail(_engine_gone())
         await self._tell_health(False)
         for generation in list(self._submitted.values()):
             generation.on_engine_death()
@@ -279,6 +303,7 @@ class Hub:
             generation.on_choice_end(finished)
         for generation, _ in ended:
             generation.finish_if_confirmed()
+        self._answers.take(output)
         if output.stats is not None:
             self.stats = output.stats
 

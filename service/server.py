@@ -8,7 +8,9 @@ import signal
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import grpc.aio
 import msgspec
@@ -25,6 +27,7 @@ from tidegate.engine.messages import EngineInfo
 from tidegate.engine.process import ProcessClient
 from tidegate.engine.text import Text
 from tidegate.service.addresses import check_address, every_interface, listen
+from tidegate.service.admin import AdminService
 from tidegate.service.admission import Admission, AdmissionLimits
 from tidegate.service.compat.protocols import PROTOCOLS, Compat, add_protocols
 from tidegate.service.control import ControlService
@@ -33,6 +36,7 @@ from tidegate.service.gateway import Gateway, find_program
 from tidegate.service.guard import Guard
 from tidegate.service.health import HealthService
 from tidegate.service.hub import Hub, draining
+from tidegate.service.identity import Role
 from tidegate.service.inference import InferenceService
 from tidegate.service.intake import Intake
 from tidegate.service.logging import RequestLog
@@ -41,7 +45,7 @@ from tidegate.service.observe import Observer, Observers
 from tidegate.service.security import Security, SecurityConfig, load_security
 from tidegate.service.session import SessionLimits, Sessions
 from tidegate.service.supervisor import Supervisor
-from tidegate.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tidegate.v1 import admin_pb2_grpc, control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_METADATA_BYTES = 16 * 2**10
@@ -55,6 +59,9 @@ MIN_HANG_TIMEOUT = 2
 MAX_HANG_TIMEOUT = 86_400
 STOP_SECONDS = 2.0
 """For RPCs to write their last messages, once their requests have ended."""
+
+SIDE_STOP_SECONDS = 0.5
+"""For the answers of those that serve probes and operators."""
 
 GRPC_OPTIONS = (
     # Two servers would share a port without a word.
@@ -90,8 +97,10 @@ class ServerConfig:
     insecure: bool = False
     health_port: str | None = None
     """``PORT`` or ``HOST:PORT``, by default of every interface: ``grpc.health.v1`` alone, in plaintext."""
+    admin_addresses: tuple[str, ...] = ()
+    """As ``addresses``: for ``AdminService`` alone, and callers with the role ``admin`` alone."""
     metrics_port: str | None = None
-    """Likewise: HTTP, with ``/metrics`` for Prometheus."""
+    """As ``health_port``: HTTP, with ``/metrics`` for Prometheus."""
     max_waiting_tokens: int | None = None
     """These three are as in ``AdmissionLimits``."""
     tenant_requests: int | None = None
@@ -113,7 +122,7 @@ class ServerConfig:
         """Raises ``ConfigError``."""
         if not self.addresses:
             raise ConfigError("addresses must name at least one address")
-        for address in self.addresses:
+        for address in (*self.addresses, *self.admin_addresses):
             check_address(address, self.insecure or self.security.is_safe_for_strangers)
         for port in (self.health_port, self.metrics_port):
             if port is not None:
@@ -164,16 +173,19 @@ class Server:
         hub: Hub,
         sessions: Sessions,
         health: HealthService,
-        health_server: grpc.aio.Server,
+        side_servers: Sequence[grpc.aio.Server],
         ports: contextlib.ExitStack,
         addresses: list[str],
-        health_addresses: list[str],
+        drain_asked: "asyncio.Future[float | None]",
     ) -> None:
         self.addresses = addresses
-        """With the ports that were chosen for port 0."""
-        self.health_addresses = health_addresses
-        """Those where nothing but health is served; likewise."""
+        """With the ports that were chosen for port 0; so are the next three."""
+        self.health_addresses: list[str] = []
+        """Those where nothing but health is served."""
+        self.admin_addresses: list[str] = []
         self.metrics_address: str | None = None
+        self.drain_asked = drain_asked
+        """Done when an operator asks for it, with the grace."""
         self.engine_ended = asyncio.create_task(hub.run())
         """Fails once the engine is gone. Every request has ended by then."""
         self.is_closed = False
@@ -182,7 +194,7 @@ class Server:
         self._hub = hub
         self._sessions = sessions
         self._health = health
-        self._health_server = health_server
+        self._side_servers = side_servers
         self._ports = ports
 
     async def drain(self, grace: float) -> None:
@@ -207,7 +219,8 @@ class Server:
         self.is_closed = self._stopping.done()
         if self.is_closed:
             self._stopping.result()
-        await self._health_server.stop(None)
+        for side_server in self._side_servers:
+            await side_server.stop(SIDE_STOP_SECONDS)
         self.engine_ended.cancel()
         await asyncio.wait({self.engine_ended})
         self._ports.close()
@@ -222,6 +235,7 @@ async def start_server(
     memory: Callable[[], float] | None = None,
     security: Security | None = None,
     health_addresses: Sequence[str] = (),
+    admin_addresses: Sequence[str] = (),
     metrics_address: str | None = None,
     reflection_on: bool = False,
     compat: Compat | None = None,
@@ -281,6 +295,14 @@ async def start_server(
     health_server = grpc.aio.server(interceptors=[Guard(limits.stall_limit)], options=GRPC_OPTIONS)
     health_pb2_grpc.add_HealthServicer_to_server(health, health_server)
 
+    drain_asked: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
+    role = None if security.authentication is None else Role.ADMIN
+    admin_guard = Guard(limits.stall_limit, security.authentication, role=role)
+    admin_server = grpc.aio.server(interceptors=[admin_guard], options=GRPC_OPTIONS)
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(
+        AdminService(hub, partial(_ask_for_drain, drain_asked), MAX_DRAIN_GRACE), admin_server
+    )
+
     with contextlib.ExitStack() as opening:
         opened = [
             opening.enter_context(listen(grpc_server, address, security.credentials)) for address in addresses
@@ -288,17 +310,31 @@ async def start_server(
         opened_for_health = [
             opening.enter_context(listen(health_server, address, None)) for address in health_addresses
         ]
+        opened_for_admin = [
+            opening.enter_context(listen(admin_server, address, security.credentials))
+            for address in admin_addresses
+        ]
         metrics_server = None
         if metrics is not None and metrics_address is not None:
             metrics_server = metrics.serve(metrics_address)
             opening.callback(metrics_server.close)
         await grpc_server.start()
         await health_server.start()
+        await admin_server.start()
         ports = opening.pop_all()
-    server = Server(grpc_server, hub, sessions, health, health_server, ports, opened, opened_for_health)
+    server = Server(
+        grpc_server, hub, sessions, health, (health_server, admin_server), ports, opened, drain_asked
+    )
+    server.health_addresses, server.admin_addresses = opened_for_health, opened_for_admin
     server.metrics_address = None if metrics_server is None else metrics_server.address
     await health.set_serving(True)
     return server
+
+
+def _ask_for_drain(asked: "asyncio.Future[float | None]", grace: float | None) -> None:
+    """Only the first time counts, as with a signal."""
+    if not asked.done():
+        asked.set_result(grace)
 
 
 def run(config: ServerConfig) -> int:
@@ -354,6 +390,7 @@ async def _serve(
             admission=config.admission_limits(),
             security=security,
             health_addresses=[] if config.health_port is None else [every_interface(config.health_port)],
+            admin_addresses=config.admin_addresses,
             metrics_address=None if config.metrics_port is None else every_interface(config.metrics_port),
             reflection_on=config.reflection,
             restart=engine.restart,
@@ -367,18 +404,22 @@ async def _serve(
         model=engine.info.model,
         addresses=server.addresses,
         health=server.health_addresses,
+        admin=server.admin_addresses,
         metrics=server.metrics_address,
         after_s=round(process_age(), 2),
     )
     try:
         # Around the drain, too: the gateway's requests finish through it.
         async with _gateway(config, server.addresses[-1], engine.info.model):
-            await asyncio.wait({stopping, server.engine_ended}, return_when=asyncio.FIRST_COMPLETED)
+            ends: set[asyncio.Future[Any]] = {stopping, server.engine_ended, server.drain_asked}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if server.engine_ended.done():
                 await server.stop()
             else:
-                _log.info("draining", grace=config.drain_grace)
-                await server.drain(config.drain_grace)
+                asked = server.drain_asked.result() if server.drain_asked.done() else None
+                grace = config.drain_grace if asked is None else asked
+                _log.info("draining", grace=grace)
+                await server.drain(grace)
     except ConfigError as error:
         _log.error("cannot start", reason=str(error))
         await server.stop()

@@ -302,6 +302,17 @@ class BlockStore:
             self.index.remove(block.key)
             block.key = None
 
+    def forget_prefixes(self, *, device: bool, host: bool) -> tuple[int, int]:
+        """Give up known prefixes that nobody holds, in these tiers; the slots that this frees in each."""
+        before = self.device.num_free, self.host.num_free
+        if device:
+            for block in list(self.shelves.evictable):
+                self._evict(block)
+        if host:
+            for block in list(self.shelves.host_prefixes):
+                self._drop_host(block)
+        return self.device.num_free - before[0], self.host.num_free - before[1]
+
     def settle(self, block: Block) -> None:
         """Decide what a block's slots are good for now, from its slots and holders alone.
 

@@ -416,6 +416,10 @@ class BlockManager:
         """Write ahead those of the next prefixes to be evicted that have been of use before."""
         return self._store.demote_prefixes(most)
 
+    def forget_prefixes(self, *, device: bool, host: bool) -> tuple[int, int]:
+        """Give up what nobody holds, in these tiers; how many slots that frees in each."""
+        return self._store.forget_prefixes(device=device, host=host)
+
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Walk everything and compare; raises ``RuntimeError`` that says what is off.
 

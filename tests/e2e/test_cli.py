@@ -25,6 +25,7 @@ TIDEGATE = Path(sys.executable).with_name("tidegate")
 README = Path(__file__).parents[2] / "README.md"
 
 SERVE_FLAGS = [
+    "--admin-listen",
     "--auth-tokens",
     "--block-size",
     "--device",
@@ -133,6 +134,7 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
         "--max-waiting 5 --park-grace 0.25 --pipeline-depth 1 --max-restarts 7 --hang-timeout 9 "
         "--tls-cert c --tls-key k --tls-client-ca a "
         "--auth-tokens t --jwt-keys j --jwt-issuer i --jwt-audience u --health-port 9 --metrics-port 8 "
+        "--admin-listen unix:/tmp/d "
         "--protocols vllm --max-waiting-tokens 7 --tenant-requests 8 --tenant-tokens 6"
     ).split()
     # The one that cannot be had beside TLS stands below.
@@ -169,6 +171,7 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
             addresses=("unix:/tmp/a", "0.0.0.0:1"),
             insecure=True,
             health_port="9",
+            admin_addresses=("unix:/tmp/d",),
             metrics_port="8",
             max_waiting_tokens=7,
             tenant_requests=8,

@@ -16,13 +16,21 @@ from tidegate.engine.messages import (
     EngineInfo,
     Finish,
     Finished,
+    Flush,
+    Flushed,
+    Inspect,
+    Inspection,
     Limit,
     Logprob,
+    Pause,
     Place,
     PositionLogprobs,
+    Profile,
+    Profiled,
     Progress,
     ProgressKind,
     Refused,
+    SequenceView,
     Stats,
     StepOutput,
     Submit,
@@ -100,6 +108,7 @@ class FakeEngine:
         )
         self.admits = True
         """While False, requests wait."""
+        self.is_paused = False
         self.preempted: set[int] = set()
         """Choices, by index, that get nothing."""
         self.lag = 0
@@ -180,16 +189,19 @@ class FakeEngine:
             self._pending = [(step, command) for step, command in self._pending if step >= self._step]
             for command in due:
                 self._apply(command, output)
-            self._admit(output)
-            if self._dies():
-                return
-            for choice in list(self.running):
-                self._run(choice, output)
+            if not self.is_paused:
+                self._admit(output)
+                if self._dies():
+                    return
+                for choice in list(self.running):
+                    self._run(choice, output)
             if output:
                 output.stats = self._stats()
                 self._outputs.put(output)
             able = (choice for choice in self.running if choice.index not in self.preempted)
-            if self._pending or any(choice.has_credit or not choice.stalled for choice in able):
+            if self._pending or (
+                not self.is_paused and any(choice.has_credit or not choice.stalled for choice in able)
+            ):
                 self._work.set()
 
     def _dies(self) -> bool:
@@ -213,6 +225,14 @@ class FakeEngine:
                     request.emit_upto = max(request.emit_upto or 0, upto)
             case Finish():
                 self._finish_command(command, output)
+            case Pause():
+                self.is_paused = command.is_on
+            case Flush():
+                output.flushed = Flushed(3 if command.device else 0, 5 if command.host else 0)
+            case Profile():
+                output.profiled = Profiled(f"/traces/{command.steps}")
+            case Inspect():
+                output.inspection = self._inspection(command.max_sequences)
 
     def _requests(self, request_id: str) -> list[Request]:
         known = [*self.waiting, *(choice.request for choice in self.running)]
@@ -287,6 +307,28 @@ class FakeEngine:
     ) -> None:
         self.running.remove(choice)
         output.finished.append(_finished(choice, reason, error))
+
+    def _inspection(self, most: int) -> Inspection:
+        """Each running choice holds one block, and is to keep another in the host tier."""
+        views = [
+            SequenceView(
+                choice.request.id,
+                choice.index,
+                choice.request.tenant,
+                "stalled" if choice.stalled else "running",
+                choice.request.priority,
+                len(choice.request.prompt_token_ids),
+                len(choice.tokens),
+                len(choice.request.prompt_token_ids) + len(choice.tokens),
+                1,
+                1,
+                2.5,
+            )
+            for choice in self.running[:most]
+        ]
+        number = len(self.running)
+        device, host = b"d" * number, b"h" * number
+        return Inspection(device.ljust(64, b"."), host.ljust(128, b"."), views)
 
     def _stats(self) -> Stats:
         stalled = sum(choice.stalled for choice in self.running)
