@@ -80,7 +80,7 @@ class Load:
         most = self.world.max_model_len - len(shared) - len(own)
         params = SamplingParams(
             n=rng.choice((1, 1, 1, 2, 3)),
-            max_tokens=min(rng.choice((1, 4, 12, 24)), most),
+            max_tokens=min(rng.choice((1, 2, 6, 16)), most),
             ignore_eos=rng.random() < 0.5,
         )
         return Request(
@@ -268,10 +268,10 @@ def random_world(seed: int) -> World:
         seed,
         depth=rng.choice((1, 2)),
         max_num_seqs=rng.choice((1, 4, 8, 32, 32)),
-        max_step_tokens=rng.choice((1, 7, 16, 64)),
+        max_step_tokens=rng.choice((1, 7, 16, 32, 64)),
         block_size=rng.choice((2, 2, 4, 8)),
         device_blocks=rng.choice((16, 20, 20, 50)),
-        host_blocks=rng.choice((0, 2, 8, 40, 40, 80)),
+        host_blocks=rng.choice((0, 2, 8, 24, 40)),
         park_grace=rng.choice((0.0, 0.01, 0.2)),
         preemption=rng.choice(("auto", "auto", "swap", "recompute")),
         prefix_caching=rng.random() < 0.8,
