@@ -2,7 +2,7 @@
 
 import secrets
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -231,15 +231,22 @@ def _drive(core: EngineCore, jobs: "list[_Job]", window: int, bar: "tqdm[Any]") 
                 num_tokens += running.pop(request_id).num_output_tokens
                 bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
                 bar.update()
-    except (InvalidRequest, KeyboardInterrupt):
-        # The engine lives on, for the next call.
-        for request_id in running:
-            core.handle(Finish(request_id, FinishReason.CANCELLED))
-        # Once in any case: what was said to this call must not be heard by the next one.
-        core.step()
-        while core.has_work():
-            core.step()
+    except BaseException as error:
+        try:
+            _cancel(core, running)
+        except Exception as second:  # noqa: BLE001  an engine that failed may fail again: the first error counts
+            error.add_note(f"What was running could not be cancelled: {second!r}. Load the model anew.")
         raise
+
+
+def _cancel(core: EngineCore, request_ids: Iterable[str]) -> None:
+    """The engine lives on, for the next call."""
+    for request_id in request_ids:
+        core.handle(Finish(request_id, FinishReason.CANCELLED))
+    # Once in any case: what was said to this call must not be heard by the next one.
+    core.step()
+    while core.has_work():
+        core.step()
 
 
 def _take(core: EngineCore, running: "dict[str, _Job]", output: StepOutput) -> None:

@@ -1,5 +1,6 @@
 """Single situations of the scheduler, each set up on purpose in the fake world."""
 
+import itertools
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from tidegate.engine.messages import Finish, Limit
 from tidegate.engine.request import FinishReason, InvalidRequest, SamplingParams
 from tidegate.engine.scheduler import Scheduler
 from tidegate.engine.step import StepPlan, StepResult
+from tidegate.engine.text import TextStream
 
 
 class BreakingRunner(worlds.FakeRunner):
@@ -234,6 +236,38 @@ def test_choices_of_one_request_share_the_prompt_and_compute_its_last_position_a
         assert told == expected_tokens(one, choice, 6)
     # What a choice does not compute: the KV of its last token. Depth 2 may run a step in vain.
     assert sum(computed) <= num_prompt + 2 * 1 + 3 * 5 + 3 * (depth - 1)
+
+
+@pytest.mark.parametrize("error", [UnicodeError, BrokenPipeError, KeyboardInterrupt])
+def test_whatever_ends_a_call_the_next_one_finds_an_idle_engine(error, depth, monkeypatch):
+    world = World(1, depth=depth, prefix_caching=False)
+    monkeypatch.setattr("tidegate.engine.llm.build_engine", lambda config, progress: world.core)
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    push, pushes = TextStream.push, itertools.count()
+
+    def break_once(stream, token_ids, end=None):
+        if next(pushes) == 3:
+            raise error("once")
+        return push(stream, token_ids, end)
+
+    monkeypatch.setattr(TextStream, "push", break_once)
+    with LLM("demo") as llm:
+        with pytest.raises(error, match="once"):
+            llm.generate([[5, 6], [7, 8, 9]], params, use_tqdm=False)
+        assert not world.core.has_work()
+        assert world.core.stats().device.free == world.device_blocks
+        assert len(llm.generate([[5, 6]], params, use_tqdm=False)[0].outputs[0].token_ids) == 9
+
+
+def test_an_engine_that_fails_twice_reports_its_first_error(monkeypatch):
+    world = World(1)
+    monkeypatch.setattr("tidegate.engine.llm.build_engine", lambda config, progress: world.core)
+    failures = iter([RuntimeError("first"), RuntimeError("second")])
+    with LLM("demo") as llm:
+        monkeypatch.setattr(Scheduler, "plan", lambda self: (_ for _ in ()).throw(next(failures)))
+        with pytest.raises(RuntimeError, match="first") as caught:
+            llm.generate([[5, 6]], SamplingParams(max_tokens=4), use_tqdm=False)
+        assert "second" in caught.value.__notes__[0]
 
 
 def test_no_more_of_a_prompt_is_cached_than_there_is():
