@@ -39,21 +39,33 @@ class Candidate(NamedTuple):
     """It has no credit: nothing waits for its next token."""
     priority: int
     immune: bool
+    num_exclusive: int
+    """Blocks that come free with it: nobody else needs them on the device."""
     arrival: int
     """Counts up: the larger, the later it came."""
 
 
-def victim_rank(candidate: Candidate) -> tuple[bool, int, bool, int]:
-    """The lowest goes first: the stalled, then low priority, then those not just back, then the latest.
+def victim_rank(candidate: Candidate) -> tuple[bool, int, bool, int, int]:
+    """The lowest goes first: the stalled, then low priority, then those not just back, then the largest.
 
-    The last rule makes progress certain: the oldest of the highest priority is never preempted for
-    anybody, so it ends, and then the next one is the oldest.
+    To take much from one interrupts fewer than to take little from many, and what is shared frees nothing.
+    Among equals the latest goes first.
     """
-    return (not candidate.stalled, candidate.priority, candidate.immune, -candidate.arrival)
+    return (
+        not candidate.stalled,
+        candidate.priority,
+        candidate.immune,
+        -candidate.num_exclusive,
+        -candidate.arrival,
+    )
 
 
 def may_displace(taker: Candidate, victim: Candidate) -> bool:
-    """Whether ``victim`` may lose its blocks so that ``taker``, which runs already, can go on."""
+    """Whether ``victim`` may lose its blocks so that ``taker``, which runs already, can go on.
+
+    This makes progress certain: the oldest of the highest priority is never preempted for anybody, so it
+    ends, and then the next one is the oldest.
+    """
     return victim.stalled or (victim.priority, -victim.arrival) < (taker.priority, -taker.arrival)
 
 

@@ -117,6 +117,7 @@ class Sequence:
             stalled=self.status in (Status.STALLED, Status.LEASED),
             priority=self.request.priority,
             immune=step_id < self.immune_until,
+            num_exclusive=self.table.num_exclusive,
             arrival=self.arrival,
         )
 

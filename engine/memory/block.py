@@ -19,6 +19,7 @@ gone           none                        none
 ``TRANSITIONS`` says what may happen to a block; tests hold every change against it.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -165,6 +166,11 @@ class BlockTable:
     """The shared block that the tail is a copy of, held until the step that copies it is collected."""
     copy_due: bool = False
     """No launched step carries that copy yet."""
+
+    @property
+    def num_exclusive(self) -> int:
+        """Blocks of a resident table that no other keeps on the device: what tables share comes first."""
+        return len(self.blocks) - bisect_left(self.blocks, True, key=lambda block: block.resident == 1)
 
     @property
     def held(self) -> list[Block]:

@@ -9,7 +9,7 @@ from scenes import POISON_TOKEN, admissions, ends, request, step, submit, tokens
 from world import Faults, World, expected_tokens
 
 from tidegate.engine.llm import LLM
-from tidegate.engine.messages import Finish, Limit
+from tidegate.engine.messages import Finish, Limit, ProgressKind
 from tidegate.engine.request import FinishReason, InvalidRequest, SamplingParams
 from tidegate.engine.scheduler import Scheduler
 from tidegate.engine.step import StepPlan, StepResult
@@ -152,6 +152,19 @@ def test_a_stream_that_gets_credit_within_its_grace_is_said_to_run_again():
     outputs += step(world, 20)
     assert [report.kind for out in outputs for report in out.progress] == ["stalled", "resumed"]
     assert ends(outputs)["r"].reason is FinishReason.MAX_TOKENS
+
+
+def test_room_is_taken_from_the_one_that_frees_the_most_of_its_own(depth):
+    """Not from the latest, of which there would have to be several, nor from those that share a prompt."""
+    world = World(1, depth=depth, device_blocks=44, max_step_tokens=64, preemption="swap")
+    submit(world, request("shares", 29, 60, n=2), request("large", 20, 60), request("late", 4, 60))
+    outputs = step(world, 20)
+    assert not [progress for out in outputs for progress in out.progress]
+    submit(world, request("urgent", 60, 4, priority=1))
+    outputs = step(world, 20)
+    preempted = [p.request_id for out in outputs for p in out.progress if p.kind is ProgressKind.PREEMPTED]
+    assert preempted[0] == "large"
+    assert ends(outputs)["urgent"].reason is FinishReason.MAX_TOKENS
 
 
 def test_without_a_host_tier_every_preemption_counts_as_recompute():

@@ -7,17 +7,18 @@ from tidegate.engine.policy import Candidate
 
 
 def candidate(
-    *, stalled: bool = False, priority: int = 0, immune: bool = False, arrival: int = 0
+    *, stalled: bool = False, priority: int = 0, immune: bool = False, exclusive: int = 0, arrival: int = 0
 ) -> Candidate:
-    return Candidate(stalled, priority, immune, arrival)
+    return Candidate(stalled, priority, immune, exclusive, arrival)
 
 
-def test_the_stalled_go_first_then_low_priority_then_those_not_just_back_then_the_latest() -> None:
+def test_the_stalled_go_first_then_low_priority_then_those_not_just_back_then_the_largest() -> None:
     in_order = [
         candidate(stalled=True, priority=5, arrival=1),
-        candidate(priority=0, arrival=9),
-        candidate(priority=0, arrival=3),
-        candidate(priority=0, immune=True, arrival=9),
+        candidate(priority=0, exclusive=7, arrival=3),
+        candidate(priority=0, exclusive=2, arrival=9),
+        candidate(priority=0, exclusive=2, arrival=3),
+        candidate(priority=0, immune=True, exclusive=9, arrival=9),
         candidate(priority=1, arrival=9),
     ]
     assert sorted(in_order, key=policy.victim_rank) == in_order
