@@ -23,7 +23,7 @@ except ModuleNotFoundError:
 import tidegate
 from tidegate.engine.config import BLOCK_SIZES, DEVICES, DTYPES, PREEMPTIONS, ConfigError, EngineConfig
 from tidegate.engine.request import InvalidRequest
-from tidegate.service import batch, bench, console, demo, server
+from tidegate.service import batch, bench, console, demo, server, top
 from tidegate.service.client import TidegateError, Unavailable
 from tidegate.service.launch import LaunchFailed
 from tidegate.service.security import SecurityConfig
@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     console.add_generate_arguments(add("generate", "Continue a text."))
     console.add_chat_arguments(add("chat", "Talk with a model."))
     batch.add_arguments(add("batch", "Answer a file of requests in OpenAI's batch format."))
+    top.add_arguments(add("top", "Watch the two tiers of a running server."))
     demo.add_arguments(add("demo", "Watch eight conversations share the two tiers of a small server."))
 
     benches = add("bench", "Measure.").add_subparsers(required=True, metavar="offline | serve")

@@ -2,8 +2,9 @@
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
@@ -17,7 +18,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from tidegate.engine.config import ConfigError
-from tidegate.engine.messages import EngineInfo, ProgressKind, Stats, TierStats
+from tidegate.engine.messages import DURATION_BOUNDS, Durations, EngineInfo, ProgressKind, Stats, TierStats
 from tidegate.service.admission import Admission
 from tidegate.service.events import Failed, Finished
 from tidegate.service.generation import Generation
@@ -172,10 +173,7 @@ class _Gaps(Collector):
         self._sum += seconds
 
     def collect(self) -> Iterator[Metric]:
-        counts, running, buckets = list(self._counts), 0, []
-        for bound, count in zip((*TOKEN_BUCKETS, float("inf")), counts, strict=True):
-            running += count
-            buckets.append(("+Inf" if bound == float("inf") else str(bound), float(running)))
+        buckets = _buckets(TOKEN_BUCKETS, list(self._counts))
         yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
 
 
@@ -201,6 +199,7 @@ class _EngineCollector(Collector):
         yield from self._queue(stats)
         yield from _tiers(stats)
         yield from _totals(stats)
+        yield from _links(stats)
         yield from self._for_gateways(stats)
 
     def _queue(self, stats: Stats) -> Iterator[Metric]:
@@ -209,7 +208,7 @@ class _EngineCollector(Collector):
         states = GaugeMetricFamily(
             "tidegate_sequences", "Sequences in the engine, by state", labels=("state",)
         )
-        for state in ("waiting", "running", "stalled", "swapped"):
+        for state in ("waiting", "running", "stalled", "swapped", "parked", "leased"):
             states.add_metric((state,), getattr(stats, state))
         yield states
         active = dict(self._rpcs.active)
@@ -241,19 +240,24 @@ def _tiers(stats: Stats) -> Iterator[Metric]:
         for state, number in _states(tier).items():
             blocks.add_metric((name, state), number)
     yield blocks
+    spare = GaugeMetricFamily(
+        "tidegate_kv_blocks_reclaimable", "Used blocks that can go at once", labels=("tier",)
+    )
+    spare.add_metric(("device",), stats.device.reclaimable)
+    spare.add_metric(("host",), stats.host.reclaimable)
+    yield spare
 
 
 def _states(tier: TierStats) -> dict[str, int]:
     """They sum to the tier's size."""
-    return {
-        "free": tier.free,
-        "cached": tier.reclaimable,
-        "used": tier.total - tier.free - tier.reclaimable,
-    }
+    known = {"free": tier.free, **tier.states}
+    return {**known, "other": tier.total - sum(known.values())}
 
 
 def _totals(stats: Stats) -> Iterator[Metric]:
     yield _counter("engine_steps", "Steps of the engine", stats.steps)
+    yield _counter("scheduled_sequences", "Sequences in steps, summed up", stats.scheduled_sequences)
+    yield _durations("step_seconds", "One step of the engine", stats.step_time)
     yield _counter("prefill_tokens", "Prompt tokens that were computed", stats.prompt_tokens)
     yield _counter("generated_tokens", "Output tokens", stats.output_tokens)
     yield _counter("recomputed_tokens", "Tokens that were computed a second time", stats.recomputed_tokens)
@@ -264,14 +268,56 @@ def _totals(stats: Stats) -> Iterator[Metric]:
     hits.add_metric(("device",), stats.prefix_hit_tokens - stats.prefix_host_hit_tokens)
     hits.add_metric(("host",), stats.prefix_host_hit_tokens)
     yield hits
+    host_hits = CounterMetricFamily(
+        "tidegate_kv_host_hit_tokens",
+        "Tokens that came from the host tier, by who held them",
+        labels=("class",),
+    )
+    host_hits.add_metric(("sequence",), stats.host_hit_tokens_resumed)
+    host_hits.add_metric(("prefix",), stats.host_hit_tokens_prefix)
+    yield host_hits
     modes = CounterMetricFamily("tidegate_preemptions", "Sequences that lost their room", labels=("mode",))
     modes.add_metric(("swap",), stats.preemptions_swap)
     modes.add_metric(("recompute",), stats.preemptions_recompute)
     yield modes
-    swapped = CounterMetricFamily("tidegate_kv_swap_bytes", "KV copied between tiers", labels=("direction",))
-    swapped.add_metric(("out",), stats.swap_out_bytes)
-    swapped.add_metric(("in",), stats.swap_in_bytes)
-    yield swapped
+    yield _durations("preempt_stall_seconds", "From a preemption to the next step", stats.preempt_stall)
+    yield _durations("resume_wait_seconds", "From being wanted again to the next step", stats.resume_wait)
+    clean = stats.preempted_clean_blocks / max(1, stats.preempted_blocks)
+    yield _gauge("kv_clean_at_preempt_ratio", "Full blocks that the host held already at preemption", clean)
+    yield _counter("kv_thrash", "Blocks that came back soon after they had left", stats.thrashed_blocks)
+    yield _counter("kv_failed_copies", "Copies between tiers that failed", stats.failed_copies)
+
+
+def _links(stats: Stats) -> Iterator[Metric]:
+    swapped = CounterMetricFamily(
+        "tidegate_kv_swap_bytes", "KV copied between tiers", labels=("direction", "reason")
+    )
+    seconds = CounterMetricFamily("tidegate_kv_swap_seconds", "What it took", labels=("direction",))
+    queue = GaugeMetricFamily("tidegate_kv_swap_queue_bytes", "Ordered, not arrived", labels=("direction",))
+    use = GaugeMetricFamily(
+        "tidegate_kv_link_utilization_ratio",
+        "Share of the time that it carried something",
+        labels=("direction",),
+    )
+    for direction, swaps in (("out", stats.swap_out), ("in", stats.swap_in)):
+        for reason, number in swaps.bytes.items():
+            swapped.add_metric((direction, reason), number)
+        seconds.add_metric((direction,), swaps.seconds)
+        queue.add_metric((direction,), swaps.queue_bytes)
+        use.add_metric((direction,), swaps.utilization)
+    yield from (swapped, seconds, queue, use)
+
+
+def _durations(name: str, text: str, durations: Durations) -> HistogramMetricFamily:
+    return HistogramMetricFamily(
+        f"tidegate_{name}", text, buckets=_buckets(DURATION_BOUNDS, durations.counts), sum_value=durations.sum
+    )
+
+
+def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Cumulative, as Prometheus wants them. ``counts`` has one more than ``bounds``."""
+    names = [*map(str, bounds), "+Inf"]
+    return list(zip(names, map(float, accumulate(counts)), strict=True))
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -141,6 +141,13 @@ class AsyncClient:
             lambda left: self._control.GetModelInfo(request, timeout=left), self._retries, timeout
         )
 
+    async def inspect(self, *, timeout: float | None = None) -> control_pb2.InspectResponse:
+        """What the two tiers hold at this moment, and the sequences in the engine."""
+        request = control_pb2.InspectRequest()
+        return await call_with_retries(
+            lambda left: self._control.Inspect(request, timeout=left), self._retries, timeout
+        )
+
     async def watch_load(self, min_interval: float = 1.0) -> AsyncIterator[control_pb2.WatchLoadResponse]:
         """The load and the running totals: at once, then at changes, ``min_interval`` seconds apart."""
         request = control_pb2.WatchLoadRequest(min_interval=messages.duration(min_interval))

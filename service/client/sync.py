@@ -252,6 +252,10 @@ class Client:
     def model_info(self, *, timeout: float | None = None) -> control_pb2.GetModelInfoResponse:
         return self._loop.run(self._client.model_info(timeout=timeout))
 
+    def inspect(self, *, timeout: float | None = None) -> control_pb2.InspectResponse:
+        """What the two tiers hold at this moment, and the sequences in the engine."""
+        return self._loop.run(self._client.inspect(timeout=timeout))
+
     def abort(self, request_id: str, *, timeout: float | None = None) -> bool:
         return self._loop.run(self._client.abort(request_id, timeout=timeout))
 

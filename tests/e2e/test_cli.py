@@ -396,7 +396,16 @@ def test_bench_serve_counts_what_failed(server: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [("serve",), ("generate",), ("chat",), ("batch",), ("demo",), ("bench", "offline"), ("bench", "serve")],
+    [
+        ("serve",),
+        ("generate",),
+        ("chat",),
+        ("batch",),
+        ("demo",),
+        ("top",),
+        ("bench", "offline"),
+        ("bench", "serve"),
+    ],
 )
 def test_the_readme_lists_every_flag(command: tuple[str, ...]) -> None:
     section = README.read_text().split(f"### `tidegate {' '.join(command)}")[1].split("\n#")[0]

@@ -14,6 +14,7 @@ from front import Front, open_session, refusal_of, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from tidegate.engine.config import ConfigError
+from tidegate.engine.messages import DURATION_BOUNDS, Durations, Stats, SwapStats
 from tidegate.service.admission import AdmissionLimits
 from tidegate.v1 import inference_pb2
 
@@ -138,9 +139,9 @@ async def test_the_state_of_queue_and_tiers_is_that_of_the_engine(start_front: S
     blocks = {
         (tier, state): value(found, "tidegate_kv_blocks", tier=tier, state=state)
         for tier in ("device", "host")
-        for state in ("free", "cached", "used")
+        for state in ("free", "dirty", "other")
     }
-    assert blocks["device", "used"] == 1
+    assert (blocks["device", "dirty"], blocks["host", "other"]) == (1, 0)
     assert sum(blocks[tier, state] for tier, state in blocks if tier == "device") == 64
     assert sum(blocks[tier, state] for tier, state in blocks if tier == "host") == 128
     assert value(found, "vllm:kv_cache_usage_perc") == pytest.approx(1 / 64)
@@ -151,6 +152,32 @@ async def test_the_state_of_queue_and_tiers_is_that_of_the_engine(start_front: S
     front.engine.admits, front.engine.preempted = True, set()
     front.engine.go_on()
     await asyncio.gather(running, waiting)
+
+
+async def test_copies_and_waits_are_told_by_direction_and_reason(front: Front) -> None:
+    front.engine.report = Stats(
+        swap_out=SwapStats({"park": 100, "ahead": 20}, seconds=1.5, queue_bytes=7, utilization=0.25),
+        swap_in=SwapStats({"resume": 50}),
+        preempted_blocks=10,
+        preempted_clean_blocks=9,
+        resume_wait=Durations([0, 2, *[0] * (len(DURATION_BOUNDS) - 1)], 0.004),
+        host_hit_tokens_prefix=11,
+        thrashed_blocks=3,
+    )
+    await front.inference.GenerateUnary(unary())
+    found = await samples(front)
+    swapped = "tidegate_kv_swap_bytes_total"
+    assert value(found, swapped, direction="out", reason="park") == 100
+    assert value(found, swapped, direction="in", reason="resume") == 50
+    assert value(found, "tidegate_kv_swap_seconds_total", direction="out") == 1.5
+    assert value(found, "tidegate_kv_swap_queue_bytes", direction="out") == 7
+    assert value(found, "tidegate_kv_link_utilization_ratio", direction="out") == 0.25
+    assert value(found, "tidegate_kv_clean_at_preempt_ratio") == 0.9
+    assert value(found, "tidegate_kv_host_hit_tokens_total", **{"class": "prefix"}) == 11
+    assert value(found, "tidegate_kv_thrash_total") == 3
+    assert value(found, "tidegate_resume_wait_seconds_bucket", le="0.001") == 0
+    assert value(found, "tidegate_resume_wait_seconds_bucket", le="0.0025") == 2
+    assert value(found, "tidegate_resume_wait_seconds_count") == 2
 
 
 async def test_every_metric_has_a_help_text_and_our_prefix_or_that_of_gateways(front: Front) -> None:

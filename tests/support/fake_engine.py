@@ -109,6 +109,8 @@ class FakeEngine:
         self.admits = True
         """While False, requests wait."""
         self.is_paused = False
+        self.report: Stats | None = None
+        """Told instead of what is."""
         self.preempted: set[int] = set()
         """Choices, by index, that get nothing."""
         self.lag = 0
@@ -331,12 +333,14 @@ class FakeEngine:
         return Inspection(device.ljust(64, b"."), host.ljust(128, b"."), views)
 
     def _stats(self) -> Stats:
+        if self.report is not None:
+            return self.report
         stalled = sum(choice.stalled for choice in self.running)
         return Stats(
             waiting=len(self.waiting),
             running=len(self.running) - stalled,
             stalled=stalled,
-            device=TierStats(total=64, free=64 - len(self.running)),
+            device=TierStats(64, 64 - len(self.running), 0, {"dirty": len(self.running)}),
             host=TierStats(total=128, free=128),
             steps=self._step,
         )
