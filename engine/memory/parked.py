@@ -88,10 +88,13 @@ class Parked:
                 continue
             if not (outranks_all or beyond or self._stamps[table] < newest):
                 return shares
-            if len(table.blocks[-1].holders) == 1:
+            if any(_frees_a_slot(block) and len(block.holders) == 1 for block in reversed(table.blocks)):
                 return table
-            # To give up what others hold too frees nothing yet: only where there is nothing better.
-            shares = shares or table
+            # To give up what others have parked too frees nothing yet: only where there is nothing better.
+            if shares is None and any(
+                _frees_a_slot(block) and block.holders.keys() <= self._stamps.keys() for block in table.blocks
+            ):
+                shares = table
         return shares
 
     def _in_order(self) -> Iterator[tuple[BlockTable, bool]]:
@@ -112,3 +115,8 @@ class Parked:
                 raise RuntimeError("a table is parked under a tenant that is not its own")
         if sum(len(holdings.tables) for holdings in self._tenants.values()) != len(self._stamps):
             raise RuntimeError("parked tables are miscounted")
+
+
+def _frees_a_slot(block: Block) -> bool:
+    """Whether the block has a host slot that no copy is using."""
+    return block.host is not None and block.copy is None

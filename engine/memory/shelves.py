@@ -44,11 +44,6 @@ class Shelves:
         """Whether the block's device slot may be taken."""
         return block in self.evictable or block in self.evictable_parked
 
-    def spare(self, block: Block) -> None:
-        """Its device slot is wanted again soon: the last to be taken of its kind."""
-        if block in self.evictable_parked:
-            self.evictable_parked.move_to_end(block)
-
     def take_off(self, block: Block) -> None:
         """Nothing may be taken from a block between a change of its holders and ``settle``."""
         for shelf in (self.evictable, self.evictable_parked, self.host_prefixes, self.host_mirrors):

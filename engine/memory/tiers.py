@@ -271,21 +271,6 @@ class BlockManager:
                 from_host += min(self.block_size, table.num_tokens - i * self.block_size)
         return from_host
 
-    def prefetch(self, table: BlockTable, most: int) -> int:
-        """Start to load up to ``most`` blocks of a suspended table, the first ones first, before it resumes.
-
-        Into free slots only: who waits takes nothing from those who run. What is on the device already
-        becomes the last to be evicted. A block that arrives may be evicted again like any that the host has
-        too, so this is no promise of room. How many loads were ordered.
-        """
-        store, ordered = self._store, 0
-        for block in table.blocks:
-            store.shelves.spare(block)
-            if block.device is None and ordered < most and self.device.num_free:
-                store.load(block, Reason.RESUME)
-                ordered += 1
-        return ordered
-
     def fork(self, table: BlockTable, num_tokens: int) -> BlockTable:
         """A new table, not resident, that shares the first ``num_tokens`` positions in the tier they lie in.
 

@@ -277,14 +277,6 @@ class BlockManagerModel:
         if self.manager.has_room(table.blocks, self.choose(2)):
             self.manager.resume(table)
 
-    def prefetch(self) -> None:
-        """A sequence is soon to come back: some of its blocks are loaded ahead, into free slots."""
-        manager, table = self.manager, self._pick(self.parked).table
-        before, most = manager.device.num_free, 1 + self.choose(3)
-        ordered = manager.prefetch(table, most)
-        require(ordered <= most, "more was loaded ahead than was asked for")
-        require(manager.device.num_free == before - ordered, "loading ahead took more than free slots")
-
     def park(self) -> None:
         """A client lets its sequence wait: it goes first where the host tier is full."""
         self.manager.park(self._pick(self.parked).table)
@@ -562,7 +554,6 @@ RULES = (
     Rule(BlockManagerModel.reserve_in_vain, 1, lambda m: m.idle_and_ready),
     Rule(BlockManagerModel.suspend, 4, lambda m: [s for s in m.sequences if s.table.resident]),
     Rule(BlockManagerModel.resume, 6, lambda m: m.parked),
-    Rule(BlockManagerModel.prefetch, 3, lambda m: m.parked),
     Rule(BlockManagerModel.park, 2, lambda m: m.parked),
     Rule(BlockManagerModel.unpark, 1, lambda m: m.parked),
     Rule(BlockManagerModel.write_ahead, 2, lambda m: m.ready),

@@ -831,53 +831,18 @@ def test_a_tail_that_others_hold_too_is_given_up_only_where_nothing_better_is_pa
     assert [t.num_tokens for t in (shared, branch, alone)] == [2, 2, 2]
 
 
-# Before it is wanted
-
-
-def test_a_table_that_is_soon_to_come_back_is_loaded_ahead_into_free_slots() -> None:
-    rig = Rig(6, 8, caches=False)
-    table = rig.run([1, 2, 3, 4, 5])
-    rig.park(table)
-    blocker = rig.run([9] * 12)
-    rig.manager.truncate(blocker, 8)
-    assert rig.manager.prefetch(table, 1) == 1
-    assert states(table) == [State.LOADING, State.HOST_ONLY, State.HOST_ONLY]
-    assert rig.manager.prefetch(table, 9) == 1
-    rig.check()
+def test_a_table_that_is_still_being_written_gives_up_nothing_for_a_slot_that_it_cannot_give() -> None:
+    rig = Rig(16, 4)
+    settled = leased(rig, [1, 2, 3, 4])
+    rig.manager.unpark(settled)
+    under_way = rig.run([5, 6, 7, 8])
+    rig.manager.park(under_way)
+    rig.manager.suspend(under_way)
+    rig.manager.flush()
+    rig.manager.park(settled)
+    rig.manager.suspend(rig.run([9, 10]))
+    assert (settled.num_tokens, under_way.num_tokens) == (2, 4)
     rig.copy_all()
-    assert states(table) == [State.CLEAN, State.CLEAN, State.HOST_ONLY]
-    assert rig.manager.num_available == 2
-    rig.manager.truncate(blocker, 2)
-    rig.manager.resume(table)
-    assert rig.copy_all() == 1
-    assert table.is_ready
-    rig.check()
-
-
-def test_a_table_resumes_while_it_is_loaded_ahead() -> None:
-    rig = Rig(4, 8, caches=False)
-    table = rig.run([1, 2, 3])
-    rig.park(table)
-    rig.release(rig.run([9] * 8))
-    rig.manager.prefetch(table, 1)
-    assert rig.manager.has_room(table.blocks, 2)
-    assert not rig.manager.has_room(table.blocks, 3)
-    rig.manager.resume(table)
-    assert table.loading == 2
-    rig.check()
-    assert rig.copy_all() == 2
-    assert table.is_ready
-    rig.check()
-
-
-def test_what_is_loaded_ahead_is_evicted_after_what_nobody_asks_for() -> None:
-    rig = Rig(4, 8, caches=False)
-    soon, later = rig.run([1, 2]), rig.run([3, 4])
-    rig.park(soon)
-    rig.park(later)
-    rig.manager.prefetch(soon, 1)
-    rig.run([5, 6, 7, 8, 9, 10])
-    assert (states(soon), states(later)) == ([State.CLEAN], [State.HOST_ONLY])
 
 
 # What it counts
