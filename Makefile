@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WHEEL_ENV := .cache/wheel-env
 REQUESTS ?= 20000
+MESSAGES ?= 1000000
 CLIENTS := kserve smg
 
 # Keeps the repository's root off sys.path, where transformers would take our kernels/ for the package
@@ -12,7 +13,7 @@ CLIENTS := kserve smg
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos demo check test wheel-env compat bench simulate soak gpu clean
+.PHONY: help install protos demo check test wheel-env compat bench simulate soak fuzz gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +75,9 @@ simulate: protos ## Policies against loads on simulated machines, in virtual tim
 
 soak: protos ## The engine in random worlds with faults, until REQUESTS have ended: 0 violations, or the seed
 	PYTHONPATH=tests/support $(BIN)/python tests/simulation/soak.py --requests $(REQUESTS)
+
+fuzz: protos ## MESSAGES from no sane client against a real server: 0 crashes, 0 UNKNOWN, 0 leaked blocks
+	TIDEGATE_FUZZ=$(MESSAGES) $(BIN)/python -m pytest -s tests/e2e/test_fuzz.py
 
 gpu: ## On a machine with CUDA, torch and triton: the kernels against references, peers and roofline
 	PYTHONPATH=.src:tests/support:tests/gpu $(PYTHON) -P tests/gpu/kernels.py --json gpu-kernels.json
