@@ -23,7 +23,7 @@ install: $(VENV)/.installed ## Make .venv with the server and the tools of devel
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input \
-		--constraint .ci/constraints.txt --editable '.[server,dev]'
+		--constraint .ci/constraints.txt --editable '.[server,tracing,dev]'
 	touch $@
 
 protos: $(VENV)/.protos ## Make the gRPC stubs again where a .proto changed

@@ -140,6 +140,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("health_port", "answer health probes alone there, in plaintext", metavar="[HOST:]PORT")
     add("admin_addresses", "serve AdminService there", action="append", metavar="ADDRESS")
     add("metrics_port", "serve metrics for Prometheus there", metavar="[HOST:]PORT")
+    add("otlp_endpoint", "send spans of requests to this OpenTelemetry collector", metavar="URL")
     add("reflection", "answer gRPC reflection", action="store_true")
     add(
         "max_restarts",

@@ -15,6 +15,7 @@ from tidegate.service.errors import Failure, log_unexpected
 from tidegate.service.identity import Role
 from tidegate.service.logging import CALLERS_ID, bind_callers_id, callers_id
 from tidegate.service.metrics import RpcMetrics
+from tidegate.service.observe import Tracer
 
 Handler = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Any]
 Parse = Callable[[bytes], Message]
@@ -38,12 +39,14 @@ class Guard(grpc.aio.ServerInterceptor):
         *,
         role: Role | None = None,
         metrics: RpcMetrics | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """``authentication`` None: every caller is ``identity.LOCAL``. ``role``: what callers need beside."""
         self._stall_limit = stall_limit
         self._authentication = authentication
         self._role = role
         self._metrics = metrics
+        self._tracer = tracer
 
     async def intercept_service(
         self,
@@ -96,6 +99,8 @@ class Guard(grpc.aio.ServerInterceptor):
             trailers = () if name is None else ((CALLERS_ID, name),)
             try:
                 self._admit(context)
+                if self._tracer is not None:
+                    self._tracer.attach(_text_metadata(context))
                 if trailers:
                     context.set_trailing_metadata(trailers)
                 return await behavior(request, context)
@@ -126,6 +131,10 @@ class Guard(grpc.aio.ServerInterceptor):
         if self._role is not None and caller.role is not self._role:
             raise Failure("ROLE_REQUIRED", f"this service is for the role {self._role} alone")
         identity.become(caller)
+
+
+def _text_metadata(context: "grpc.aio.ServicerContext[Any, Any]") -> dict[str, str]:
+    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def _unary(behavior: Handler, read: Callable[[Any], Any]) -> Handler:

@@ -53,3 +53,13 @@ class Observers(Observer):
     def on_end(self, generation: Generation) -> None:
         for observer in self._observers:
             observer.on_end(generation)
+
+
+class Tracer(Observer):
+    """An observer that also follows the callers' traces."""
+
+    def attach(self, metadata: dict[str, str]) -> None:
+        """What the present RPC's tasks start belongs to the trace that its metadata names, if any."""
+
+    def close(self) -> None:
+        """Nothing comes any more."""

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import hashlib
+import importlib
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +35,7 @@ from tidegate.service.compat.protocols import PROTOCOLS, Compat, add_protocols
 from tidegate.service.control import ControlService
 from tidegate.service.errors import log_unexpected
 from tidegate.service.gateway import Gateway, find_program
+from tidegate.service.generation import Generation
 from tidegate.service.guard import Guard
 from tidegate.service.health import HealthService
 from tidegate.service.hub import Hub, draining
@@ -41,7 +44,7 @@ from tidegate.service.inference import InferenceService
 from tidegate.service.intake import Intake
 from tidegate.service.logging import RequestLog
 from tidegate.service.metrics import Metrics
-from tidegate.service.observe import Observer, Observers
+from tidegate.service.observe import Observer, Observers, Tracer
 from tidegate.service.security import Security, SecurityConfig, load_security
 from tidegate.service.session import SessionLimits, Sessions
 from tidegate.service.supervisor import Supervisor
@@ -60,6 +63,8 @@ MAX_HANG_TIMEOUT = 86_400
 STOP_SECONDS = 2.0
 """For RPCs to write their last messages, once their requests have ended."""
 
+HANDOVER_SECONDS = 2.0
+"""Without credit for so long, a request is not waited for in a drain."""
 SIDE_STOP_SECONDS = 0.5
 """For the answers of those that serve probes and operators."""
 
@@ -101,6 +106,8 @@ class ServerConfig:
     """As ``addresses``: for ``AdminService`` alone, and callers with the role ``admin`` alone."""
     metrics_port: str | None = None
     """As ``health_port``: HTTP, with ``/metrics`` for Prometheus."""
+    otlp_endpoint: str | None = None
+    """Where a collector of OpenTelemetry listens: spans of requests go there."""
     max_waiting_tokens: int | None = None
     """These three are as in ``AdmissionLimits``."""
     tenant_requests: int | None = None
@@ -124,6 +131,10 @@ class ServerConfig:
             raise ConfigError("addresses must name at least one address")
         for address in (*self.addresses, *self.admin_addresses):
             check_address(address, self.insecure or self.security.is_safe_for_strangers)
+        if not (self.otlp_endpoint or "http://").startswith(("http://", "https://")):
+            raise ConfigError(
+                f"otlp_endpoint must be http://HOST:PORT or https://; got {self.otlp_endpoint!r}"
+            )
         for port in (self.health_port, self.metrics_port):
             if port is not None:
                 check_address(every_interface(port), may_be_reached=True)
@@ -198,16 +209,34 @@ class Server:
         self._ports = ports
 
     async def drain(self, grace: float) -> None:
-        """Take nothing new, let requests under way finish within ``grace`` seconds, and stop."""
+        """Take nothing new, let requests under way finish within ``grace`` seconds, and stop.
+
+        One whose client gives no credit cannot finish: it is ended sooner, for another server to go on with.
+        """
         self._hub.is_draining = True
         await self._health.set_serving(False)
         self._sessions.go_away(grace)
+        handing_over = asyncio.create_task(self._hand_over())
         try:
             await asyncio.wait_for(self._hub.idle(), grace)
         except TimeoutError:
             for generation in self._hub:
                 generation.fail(draining())
+        finally:
+            handing_over.cancel()
         await self.stop()
+
+    async def _hand_over(self) -> None:
+        """End the requests that have had no credit for a while."""
+        stuck: dict[Generation, float] = {}
+        while True:
+            now = time.monotonic()
+            without = {generation for generation in self._hub if not generation.has_credit}
+            stuck = {generation: stuck.get(generation, now) for generation in without}
+            for generation, since in stuck.items():
+                if now - since >= HANDOVER_SECONDS:
+                    generation.fail(draining())
+            await asyncio.sleep(HANDOVER_SECONDS / 8)
 
     async def stop(self) -> None:
         """End all streams, behind what they still have to say, and give the ports back."""
@@ -237,6 +266,7 @@ async def start_server(
     health_addresses: Sequence[str] = (),
     admin_addresses: Sequence[str] = (),
     metrics_address: str | None = None,
+    tracer: Tracer | None = None,
     reflection_on: bool = False,
     compat: Compat | None = None,
     limits: SessionLimits | None = None,
@@ -273,9 +303,14 @@ async def start_server(
     if metrics_address is not None:
         metrics = Metrics(engine.info, lambda: hub.stats, hub.admission, lambda: hub.is_draining)
         observers.append(metrics.requests)
+    if tracer is not None:
+        observers.append(tracer)
     hub.observer = Observers(*observers)
     guard = Guard(
-        limits.stall_limit, security.authentication, metrics=None if metrics is None else metrics.rpcs
+        limits.stall_limit,
+        security.authentication,
+        metrics=None if metrics is None else metrics.rpcs,
+        tracer=tracer,
     )
     grpc_server = grpc.aio.server(interceptors=[guard], options=GRPC_OPTIONS)
     if compat is not None:
@@ -352,6 +387,7 @@ async def serve(config: ServerConfig) -> int:
     try:
         # Before the model loads: a mistake here shows at once.
         security = load_security(config.security)
+        tracer = None if config.otlp_endpoint is None else _load_tracer(config.otlp_endpoint)
         if config.openai_port is not None:
             find_program()
     except ConfigError as error:
@@ -370,14 +406,21 @@ async def serve(config: ServerConfig) -> int:
         _log.error("cannot start", reason=str(error))
         return 1
     try:
-        return await _serve(config, security, engine, text, stopping)
+        return await _serve(config, security, tracer, engine, text, stopping)
     finally:
         await engine.close()
         text.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
 
 async def _serve(
-    config: ServerConfig, security: Security, engine: Supervisor, text: Text, stopping: asyncio.Task[None]
+    config: ServerConfig,
+    security: Security,
+    tracer: Tracer | None,
+    engine: Supervisor,
+    text: Text,
+    stopping: asyncio.Task[None],
 ) -> int:
     folder = await asyncio.to_thread(resolve, config.engine.model)
     # The gateway speaks to a port that nobody else needs to know.
@@ -392,6 +435,7 @@ async def _serve(
             health_addresses=[] if config.health_port is None else [every_interface(config.health_port)],
             admin_addresses=config.admin_addresses,
             metrics_address=None if config.metrics_port is None else every_interface(config.metrics_port),
+            tracer=tracer,
             reflection_on=config.reflection,
             restart=engine.restart,
             compat=Compat(config.protocols, folder, config.engine.max_num_seqs),
@@ -445,6 +489,19 @@ async def _gateway(config: ServerConfig, worker: str, model: str) -> AsyncGenera
         yield
     finally:
         await gateway.stop()
+
+
+def _load_tracer(endpoint: str) -> Tracer:
+    """Raises ``ConfigError`` where OpenTelemetry is not installed."""
+    try:
+        # By name: it is an extra, and takes half a second to import.
+        tracing = importlib.import_module("tidegate.service.tracing")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"otlp_endpoint needs {error.name}, which is not installed: pip install 'tidegate[tracing]'"
+        ) from error
+    tracer: Tracer = tracing.over_otlp(endpoint)
+    return tracer
 
 
 async def _load(config: ServerConfig) -> tuple[Supervisor, Text]:

@@ -50,6 +50,7 @@ SERVE_FLAGS = [
     "--metrics-port",
     "--no-prefix-caching",
     "--openai-port",
+    "--otlp-endpoint",
     "--park-grace",
     "--pipeline-depth",
     "--preemption",
@@ -134,7 +135,7 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
         "--max-waiting 5 --park-grace 0.25 --pipeline-depth 1 --max-restarts 7 --hang-timeout 9 "
         "--tls-cert c --tls-key k --tls-client-ca a "
         "--auth-tokens t --jwt-keys j --jwt-issuer i --jwt-audience u --health-port 9 --metrics-port 8 "
-        "--admin-listen unix:/tmp/d "
+        "--admin-listen unix:/tmp/d --otlp-endpoint http://c:1 "
         "--protocols vllm --max-waiting-tokens 7 --tenant-requests 8 --tenant-tokens 6"
     ).split()
     # The one that cannot be had beside TLS stands below.
@@ -173,6 +174,7 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
             health_port="9",
             admin_addresses=("unix:/tmp/d",),
             metrics_port="8",
+            otlp_endpoint="http://c:1",
             max_waiting_tokens=7,
             tenant_requests=8,
             tenant_tokens=6,
@@ -213,6 +215,7 @@ def test_without_the_gateway_an_openai_port_says_what_to_install() -> None:
         (["serve", "demo", "--openai-port", "1", "--auth-tokens", "t"], "--openai-port cannot be had beside"),
         (["serve", "demo", "--openai-port", "0.0.0.0:1"], "--insecure"),
         (["serve", "demo", "--openai-port", "1", "--protocols", "kserve"], "--openai-port needs vllm"),
+        (["serve", "demo", "--otlp-endpoint", "c:1"], "--otlp-endpoint must be http://HOST:PORT"),
         (["serve", "demo", "--tenant-tokens", "0"], "--tenant-tokens must be at least 1"),
         (["generate", "x", "--model", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["generate", "x", "--server", "unix:/no/socket"], "start one with: tidegate serve demo"),

@@ -184,6 +184,30 @@ async def test_drain_finishes_what_runs_and_refuses_what_is_new(start_front: Sta
     await draining
 
 
+async def test_a_drain_does_not_wait_for_who_gives_no_credit(start_front: Start) -> None:
+    """Such a request cannot finish here: another server goes on with it. One that can is waited for."""
+    front = await start_front(step_seconds=0.05)
+    session = await open_session(front)
+    for request_id, credit in (("stuck", 1), ("runs", 100)):
+        await session.send(
+            start={
+                "request_id": request_id,
+                "prompt": {"text": "x"},
+                "sampling": {"max_tokens": 100},
+                "credit": credit,
+            }
+        )
+    await until(lambda: len(front.engine.running) == 2)
+    began = asyncio.get_running_loop().time()
+    await front.server.drain(600)
+    assert asyncio.get_running_loop().time() - began < 300
+    with pytest.raises(grpc.aio.AioRpcError):
+        await session.rest()
+    assert (session.ends("stuck"), session.ends("runs")) == (["request_error"], ["finished"])
+    errors = [r.request_error for r in session.seen if r.HasField("request_error")]
+    assert [read_status(error.status).reason for error in errors] == ["DRAINING"]
+
+
 async def test_what_does_not_finish_within_the_grace_ends_unavailable(start_front: Start) -> None:
     front = await start_front()
     session = await open_session(front)
