@@ -1,12 +1,15 @@
 """Puts an engine together from its configuration: model, pools, block manager, scheduler, runner."""
 
+import importlib
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import structlog
 import torch
 
 from tidegate.engine.checkpoint import resolve
-from tidegate.engine.config import ConfigError, EngineConfig
+from tidegate.engine.config import EngineConfig
 from tidegate.engine.core import EngineCore
 from tidegate.engine.memory.host_pool import HostPool
 from tidegate.engine.memory.prefix import BlockHasher
@@ -17,12 +20,16 @@ from tidegate.engine.messages import EngineInfo
 from tidegate.engine.model.operations import Operations
 from tidegate.engine.model.runner import ModelRunner
 from tidegate.engine.model.weights import load_model
+from tidegate.engine.parts import DeviceParts
 from tidegate.engine.profiler import Profiler
 from tidegate.engine.scheduler import Limits, Scheduler
 from tidegate.engine.torch_trace import TorchTrace
 
 CPU_BLOCK_SIZE = 32
 """On the CPU device 16, 32 and 64 took about the same time a step: the middle one."""
+CUDA_PARTS = "tidegate.engine.cuda"
+
+Assemble = Callable[[EngineConfig, Path, bool], DeviceParts]
 
 log = structlog.get_logger(__name__)
 
@@ -32,32 +39,29 @@ def build_engine(config: EngineConfig, progress: bool = False) -> EngineCore:
 
     ``progress`` draws a bar on stderr while the weights load.
     """
-    started = time.perf_counter()
-    device = _device(config.device)
     path = resolve(config.model)
-    model = load_model(path, dtype=config.dtype, device=device, progress=progress)
-    loaded = time.perf_counter()
-    _say_which_kernels(model.operations)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return compose(config, path, _cpu_parts(config, path, progress))
+    # By name: Triton, which its kernels are written in, exists on Linux alone.
+    assemble: Assemble = importlib.import_module(CUDA_PARTS).assemble
+    return compose(config, path, assemble(config, path, progress))
 
-    layout = model.layout(config.block_size or CPU_BLOCK_SIZE)
-    sizes = size_tiers(
-        config,
-        block_size=layout.block_size,
-        block_bytes=layout.block_bytes,
-        model_len=model.config.sequence_limit(config.max_model_len),
-        free=headroom(),
-    )
-    device_pool = layout.allocate(sizes.device, device)
-    host_pool = HostPool(layout.allocate(sizes.host, torch.device("cpu")))
-    transfer = ThreadTransfer(device_pool, host_pool)
-    hasher = BlockHasher(f"{path}:{model.dtype}", layout.block_size) if config.prefix_caching else None
+
+def compose(config: EngineConfig, path: Path, parts: DeviceParts) -> EngineCore:
+    """The engine of these parts, whatever the device."""
+    layout, sizes, transfer, model = parts.layout, parts.sizes, parts.transfer, parts.model
+    hasher = BlockHasher(f"{path}:{parts.dtype}", layout.block_size) if config.prefix_caching else None
     manager = BlockManager(
         block_size=layout.block_size,
         device_blocks=sizes.device,
         host_blocks=sizes.host,
         transfer=transfer,
         hasher=hasher,
-        host_ready=lambda: host_pool.num_ready,
+        host_ready=parts.host_ready,
+        host_quota=int(config.tenant_host_share * sizes.host),
         host_quota=int(config.tenant_host_share * sizes.host),
     )
     scheduler = Scheduler(
@@ -68,12 +72,55 @@ def build_engine(config: EngineConfig, progress: bool = False) -> EngineCore:
             park_grace=config.park_grace,
             preemption=config.preemption,
             block_bytes=layout.block_bytes,
-            write_ahead=0,
+            write_ahead=parts.write_ahead,
         ),
         manager,
-        eos_token_ids=frozenset(model.config.eos_token_ids),
+        eos_token_ids=frozenset(model.eos_token_ids),
         bytes_per_second=lambda: transfer.bytes_per_second,
     )
+    info = EngineInfo(
+        model=config.model,
+        architecture=model.architecture,
+        vocab_size=model.vocab_size,
+        max_model_len=sizes.max_model_len,
+        eos_token_ids=list(model.eos_token_ids),
+        block_size=layout.block_size,
+        device_blocks=sizes.device,
+        host_blocks=sizes.host,
+        kv_bytes_per_token=layout.bytes_per_token,
+        device=parts.device,
+        dtype=str(parts.dtype).removeprefix("torch."),
+        load_seconds={"load": parts.load_seconds, "pool": parts.pool_seconds},
+    )
+    log.info(
+        "tiers",
+        device_blocks=sizes.device,
+        host_blocks=sizes.host,
+        block_bytes=layout.block_bytes,
+        block_size=layout.block_size,
+        max_model_len=sizes.max_model_len,
+    )
+    return EngineCore(info, scheduler, parts.runner, transfer, config.pipeline_depth, Profiler(TorchTrace))
+
+
+def _cpu_parts(config: EngineConfig, path: Path, progress: bool) -> DeviceParts:
+    """Both tiers are ordinary memory, and a thread copies."""
+    started = time.perf_counter()
+    device = torch.device("cpu")
+    model = load_model(path, dtype=config.dtype, device=device, progress=progress)
+    loaded = time.perf_counter()
+    _say_which_kernels(model.operations)
+    layout = model.layout(config.block_size or CPU_BLOCK_SIZE)
+    sizes = size_tiers(
+        config,
+        block_size=layout.block_size,
+        block_bytes=layout.block_bytes,
+        model_len=model.config.sequence_limit(config.max_model_len),
+        free=headroom(),
+    )
+    device_pool = layout.allocate(sizes.device, device)
+    host_pool = HostPool(layout.allocate(sizes.host, device))
+    transfer = ThreadTransfer(device_pool, host_pool)
     runner = ModelRunner(
         model,
         device_pool,
@@ -84,29 +131,20 @@ def build_engine(config: EngineConfig, progress: bool = False) -> EngineCore:
         depth=config.pipeline_depth,
         argmax=model.operations.argmax,
     )
-    info = EngineInfo(
-        model=config.model,
-        architecture=model.config.architecture,
-        vocab_size=model.config.vocab_size,
-        max_model_len=sizes.max_model_len,
-        eos_token_ids=list(model.config.eos_token_ids),
-        block_size=layout.block_size,
-        device_blocks=sizes.device,
-        host_blocks=sizes.host,
-        kv_bytes_per_token=layout.bytes_per_token,
+    return DeviceParts(
+        model=model.config,
+        dtype=model.dtype,
         device=str(device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        load_seconds={"load": loaded - started, "pool": time.perf_counter() - loaded},
+        layout=layout,
+        sizes=sizes,
+        transfer=transfer,
+        runner=runner,
+        host_ready=lambda: host_pool.num_ready,
+        # Copying takes computing time here.
+        write_ahead=0,
+        load_seconds=loaded - started,
+        pool_seconds=time.perf_counter() - loaded,
     )
-    log.info(
-        "tiers",
-        device_blocks=sizes.device,
-        host_blocks=sizes.host,
-        block_bytes=layout.block_bytes,
-        block_size=layout.block_size,
-        max_model_len=sizes.max_model_len,
-    )
-    return EngineCore(info, scheduler, runner, transfer, config.pipeline_depth, Profiler(TorchTrace))
 
 
 def _say_which_kernels(operations: Operations) -> None:
@@ -114,10 +152,3 @@ def _say_which_kernels(operations: Operations) -> None:
         log.info("kernels", path=operations.path)
     else:
         log.warning("kernels", path=operations.path, slower_because=operations.slower_because)
-
-
-def _device(name: str) -> torch.device:
-    """Only the CPU device has kernels so far."""
-    if name in ("auto", "cpu"):
-        return torch.device("cpu")
-    raise ConfigError(f"device {name!r} is not supported yet; use 'cpu' or 'auto'")

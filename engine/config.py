@@ -30,6 +30,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Tokens a KV block. None: the device's own choice."""
     device_kv_tokens: int | None = None
     """Size of the device tier. None: from the memory that is free."""
+    device_memory_fraction: float = 0.9
+    """Of a GPU's memory, what weights, steps and device tier may take together. Nothing on the CPU."""
     host_kv_tokens: int | None = None
     """Size of the host tier. None: twice the device tier, within the memory that is free; 0: no tier."""
     preemption: Preemption = "auto"
@@ -63,6 +65,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "device_kv_tokens",
                 self.device_kv_tokens is None or self.device_kv_tokens > 0,
                 "must be positive",
+            ),
+            (
+                "device_memory_fraction",
+                0 < self.device_memory_fraction <= 1,
+                "must be above 0 and at most 1",
             ),
             (
                 "host_kv_tokens",

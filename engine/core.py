@@ -26,7 +26,7 @@ from tidegate.engine.messages import (
 )
 from tidegate.engine.profiler import Profiler
 from tidegate.engine.scheduler import ScheduledStep, Scheduler
-from tidegate.engine.step import Runner, StepHandle
+from tidegate.engine.step import DeviceLost, Runner, StepHandle
 
 COPY_WAIT = 0.005
 """Seconds to wait for copies when nothing else can go on; commands are looked at in between."""
@@ -98,6 +98,9 @@ class EngineCore:
         try:
             # Interrupted here (Ctrl-C in a notebook), the step stays in flight: its blocks wait for it.
             result = handle.result()
+        except DeviceLost:
+            # Nothing will run here again: the process ends, and another engine takes its place.
+            raise
         except Exception as error:  # noqa: BLE001  whatever it was: retried, then told to its requests
             self._in_flight.popleft()
             self.scheduler.fail(planned, error)

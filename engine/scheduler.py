@@ -36,7 +36,7 @@ from tidegate.engine.report import Reporter
 from tidegate.engine.request import FinishReason
 from tidegate.engine.roster import Roster
 from tidegate.engine.sequence import MAX_STEP_FAILURES, Sequence, Status
-from tidegate.engine.step import Chunk, RowSetup, StepPlan, StepResult
+from tidegate.engine.step import Chunk, RowSetup, StepOutOfMemory, StepPlan, StepResult
 
 __all__ = ["Limits", "ScheduledStep", "Scheduler"]
 
@@ -204,7 +204,9 @@ class Scheduler:
             seq.row_blocks = -1
             seq.failures += 1
             if seq.failures >= MAX_STEP_FAILURES:
-                self._finish(seq, FinishReason.ERROR, error="STEP_FAILED")
+                out_of_memory = isinstance(error, StepOutOfMemory)
+                reason = "DEVICE_OUT_OF_MEMORY" if out_of_memory else "STEP_FAILED"
+                self._finish(seq, FinishReason.ERROR, error=reason)
             elif seq.preempted:
                 self._eviction.preempt(seq)
         self._manager.flush()

@@ -13,6 +13,14 @@ from tidegate.engine.messages import PositionLogprobs
 from tidegate.engine.request import SamplingParams
 
 
+class DeviceLost(RuntimeError):
+    """An error that a GPU does not recover from: the process must end, and another one start."""
+
+
+class StepOutOfMemory(MemoryError):
+    """The device has no memory for the step, however small its parts are made."""
+
+
 @dataclass(slots=True)
 class RowSetup:
     """A sequence that takes a row: all that the runner keeps of it."""

@@ -19,15 +19,20 @@ def noise_keys(
     sample_indices_R: npt.NDArray[np.integer],
     positions_R: npt.NDArray[np.integer],
 ) -> npt.NDArray[np.int32]:
-    """Two 32-bit words for each row, R2: what ``gumbel_noise`` takes.
+    """Two 32-bit words for each row, R2: what ``gumbel_noise`` takes."""
+    state_R = noise_state(seeds_R, sample_indices_R)
+    return _absorb(state_R, positions_R).view(np.int32).reshape(-1, 2)
+
+
+def noise_state(
+    seeds_R: npt.NDArray[np.uint64], sample_indices_R: npt.NDArray[np.integer]
+) -> npt.NDArray[np.uint64]:
+    """What all positions of a row have in common: a device adds the position itself.
 
     The three numbers go one after the other through the finalizer of SplitMix64 (Steele, Lea and Flood,
     "Fast splittable pseudorandom number generators", 2014), so none can cancel another.
     """
-    state_R = _mix64(seeds_R + _GOLDEN)
-    for number_R in (sample_indices_R, positions_R):
-        state_R = _mix64(state_R + (number_R.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
-    return state_R.view(np.int32).reshape(-1, 2)
+    return _absorb(_mix64(seeds_R + _GOLDEN), sample_indices_R)
 
 
 def gumbel_noise(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -47,6 +52,10 @@ def _uniform(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     words = _mix32(_mix32(token_ids ^ keys[..., 0]) ^ keys[..., 1])
     halves = words.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
     return halves.clamp_(max=1 - 2.0**-24)
+
+
+def _absorb(state_R: npt.NDArray[np.uint64], numbers_R: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
+    return _mix64(state_R + (numbers_R.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
 
 
 def _mix64(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -158,8 +158,15 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "max_model_len", "prompt and output tokens of one sequence; default: what fits", type=int, metavar="N"
     )
-    add("block_size", "tokens in a KV block; default: 32 on the CPU", type=int, choices=BLOCK_SIZES)
+    add(
+        "block_size",
+        "tokens in a KV block; default: 32 on the CPU, 64 on a GPU",
+        type=int,
+        choices=BLOCK_SIZES,
+    )
     add("device_kv_tokens", "size of the device tier; default: from free memory", type=int, metavar="K")
+    fraction_summary = "of a GPU's memory, for weights, steps and device tier together"
+    add("device_memory_fraction", fraction_summary, type=float, metavar="F")
     host_summary = "size of the host tier, 0 for none; default: twice the device tier"
     add("host_kv_tokens", host_summary, type=int, metavar="H")
     add("preemption", "what to do with KV that must go", choices=PREEMPTIONS)

@@ -41,6 +41,7 @@ CODES: Mapping[str, grpc.StatusCode] = {
     "WAIT_TOO_LONG": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "MEMORY_PRESSURE": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "CLIENT_TOO_SLOW": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "DEVICE_OUT_OF_MEMORY": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "TIME_LIMIT": grpc.StatusCode.DEADLINE_EXCEEDED,
     "OPEN_TIMEOUT": grpc.StatusCode.DEADLINE_EXCEEDED,
     "DRAINING": grpc.StatusCode.UNAVAILABLE,
@@ -48,7 +49,7 @@ CODES: Mapping[str, grpc.StatusCode] = {
     "NOT_YET_SUPPORTED": grpc.StatusCode.UNIMPLEMENTED,
     "INTERNAL": grpc.StatusCode.INTERNAL,
 }
-"""Reasons of the front. A reason that the engine gives for a fault of its own is INTERNAL."""
+"""Reasons of the front, and of the engine where it is no fault of its own: any other is INTERNAL."""
 
 _log = structlog.get_logger(__name__)
 

@@ -45,8 +45,9 @@ class Completion(NamedTuple):
 class Transfer(Protocol):
     """One copy engine. Calls come from the engine's thread alone and none of them waits, but ``wait``."""
 
-    bytes_per_second: float
-    """What it achieved lately; the figure that policy weighs against recomputation."""
+    @property
+    def bytes_per_second(self) -> float:
+        """What it achieved lately; the figure that policy weighs against recomputation."""
 
     def submit(self, ops: Sequence[CopyOp]) -> None: ...
 

@@ -37,15 +37,23 @@ def headroom(cgroup: Path = CGROUP) -> int:
 
 
 def size_tiers(
-    config: EngineConfig, *, block_size: int, block_bytes: int, model_len: int, free: int
+    config: EngineConfig,
+    *,
+    block_size: int,
+    block_bytes: int,
+    model_len: int,
+    free: int,
+    device_free: int | None = None,
 ) -> TierSizes:
     """``model_len`` is what the model allows, or what was asked for; ``free`` is ``headroom()``.
+    ``device_free``: bytes for the device tier where it has memory of its own.
 
     Raises ``ConfigError`` where the device tier cannot hold one sequence of ``max_model_len``.
     """
     if config.device_kv_tokens is None:
         most = config.max_num_seqs * -(-model_len // block_size) + 1
-        device = min(int(free * DEVICE_SHARE) // block_bytes, most)
+        room = int(free * DEVICE_SHARE) if device_free is None else device_free
+        device = min(room // block_bytes, most)
     else:
         device = config.device_kv_tokens // block_size
     if config.host_kv_tokens is None:

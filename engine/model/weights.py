@@ -27,7 +27,17 @@ def load_model(
     device: str | torch.device = "cpu",
     progress: bool | None = None,
 ) -> Decoder:
-    """The checkpoint in ``folder``, ready to run.
+    """The checkpoint in ``folder``, ready to run on the CPU. See ``load_weights``."""
+    return Decoder(*load_weights(folder, dtype, device, progress))
+
+
+def load_weights(
+    folder: Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    progress: bool | None = None,
+) -> tuple[ModelConfig, DecoderWeights]:
+    """What the checkpoint in ``folder`` holds, laid out for the device.
 
     ``dtype`` ``auto`` is what ``config.json`` says, or else what the weights are stored in. ``progress``
     shows a bar on stderr; None shows it on a terminal only. Raises ``ConfigError``, in one line that names
@@ -39,7 +49,7 @@ def load_model(
         wanted = dtype
     config = read_config(folder)
     with TensorFiles(folder) as files:
-        return Decoder(config, _load(config, files, wanted, torch.device(device), progress))
+        return config, _load(config, files, wanted, torch.device(device), progress)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -28,7 +28,7 @@ class AttentionBatch:
     """int64 position of each query token in its sequence."""
     slot_blocks_T: torch.Tensor
     slot_offsets_T: torch.Tensor
-    """int64: the block and the position in it where a token's key and value go."""
+    """int64: the block and the position in it where a token's key and value go; below 0, nowhere."""
     _decode_plan: DecodePlan
     """Of the first ``num_decodes`` sequences."""
     _prefill_tiles_P5: torch.Tensor
@@ -90,21 +90,44 @@ class AttentionBatch:
         """One query token for each sequence, with lengths and tables on the device: a CUDA graph can
         capture this, and replay it with what the tensors hold then.
 
-        A sequence of length 0 is padding. It attends to nothing, but its key and value are written like
-        any other: to the first position of its table's first block, so that block must be nobody's.
+        A sequence of length 0 is padding: it attends to nothing, and its key and value go nowhere.
         """
         block_size = kv_NCKBD.shape[3]
         positions_T = (context_lens_S.long() - 1).clamp_(min=0)
         slot_blocks_T = block_tables_SM.gather(1, (positions_T // block_size)[:, None])[:, 0].long()
+        return cls.on_device(
+            len(context_lens_S),
+            context_lens_S,
+            block_tables_SM,
+            positions_T,
+            slot_blocks_T.masked_fill_(context_lens_S == 0, -1),
+            positions_T % block_size,
+            context_lens_S.new_empty((0, 5)),
+            kv_NCKBD,
+        )
+
+    @classmethod
+    def on_device(
+        cls,
+        num_decodes: int,
+        context_lens_S: torch.Tensor,
+        block_tables_SM: torch.Tensor,
+        positions_T: torch.Tensor,
+        slot_blocks_T: torch.Tensor,
+        slot_offsets_T: torch.Tensor,
+        prefill_tiles_P5: torch.Tensor,
+        kv_NCKBD: torch.Tensor,
+    ) -> "AttentionBatch":
+        """From what lies on the device already; the tiles are those of ``prefill_tiles``."""
         return cls(
-            num_decodes=len(context_lens_S),
+            num_decodes=num_decodes,
             context_lens_S=context_lens_S,
             block_tables_SM=block_tables_SM,
             positions_T=positions_T,
             slot_blocks_T=slot_blocks_T,
-            slot_offsets_T=positions_T % block_size,
-            _decode_plan=_plan(context_lens_S, kv_NCKBD),
-            _prefill_tiles_P5=context_lens_S.new_empty((0, 5)),
+            slot_offsets_T=slot_offsets_T,
+            _decode_plan=_plan(context_lens_S[:num_decodes], kv_NCKBD),
+            _prefill_tiles_P5=prefill_tiles_P5,
         )
 
 

@@ -23,8 +23,8 @@ from tidegate.kernels.triton.validate import check_attention
 
 LOG2_E = 1.4426950408889634
 
-# The smallest tile of the tensor cores.
-_MIN_ROWS = 16
+# The smallest tile of the tensor cores, in each direction.
+MIN_TILE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +102,9 @@ def _launch(
         block_tables_SM.stride(0),
         num_kv_heads,
         GROUP=group,
-        ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),
+        ROWS=max(MIN_TILE, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
+        HEAD_DIM_PADDED=max(MIN_TILE, triton.next_power_of_2(head_dim)),
         BLOCK_SIZE=block_size,
         TILE=tile.positions,
         num_warps=tile.num_warps,

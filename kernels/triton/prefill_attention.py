@@ -17,10 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
-from tidegate.kernels.triton.decode_attention import LOG2_E
+from tidegate.kernels.triton.decode_attention import LOG2_E, MIN_TILE
 from tidegate.kernels.triton.device import compute_capability
 from tidegate.kernels.triton.online_softmax import attend
 from tidegate.kernels.triton.validate import check_attention
+
+PREFILL_TILE_FIELDS = 5
+"""Of each tile of a step; see ``prefill_tiles``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ def _launch(
         GROUP=num_heads // num_kv_heads,
         ROWS=tile.rows,
         HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
+        HEAD_DIM_PADDED=max(MIN_TILE, triton.next_power_of_2(head_dim)),
         BLOCK_SIZE=block_size,
         TILE=tile.positions,
         num_warps=tile.num_warps,

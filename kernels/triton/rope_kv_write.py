@@ -26,7 +26,8 @@ def rope_kv_write(
 
     A pair is an element of a head's first half and the same of its second half; ``sin_T1D`` comes with its
     first half negated, as ``engine.model.rope`` makes it. ``norms``: weights D of an RMS norm over each
-    query head and each key head before the rotation, and its epsilon. Computed in fp32, rounded once.
+    query head and each key head before the rotation, and its epsilon. A slot block below 0 stands for a token
+    whose key and value go nowhere. Computed in fp32, rounded once.
     """
     num_tokens, num_heads_in_all, head_dim = qkv_TXD.shape
     num_kv_heads = kv_NCKBD.shape[2]
@@ -149,10 +150,13 @@ def _rope_kv_write_kernel(
     tl.store(query_ptrs_XF, first_XF, mask=is_query_XF)
     tl.store(query_ptrs_XF + HALF, second_XF, mask=is_query_XF)
 
-    is_cached_XF = exists_XF & (heads_X >= QUERY_HEADS)[:, None]
+    slot_block = tl.load(slot_blocks_ptr + token)
+    # From this head on they are stored: none of a token that goes nowhere.
+    first_cached = tl.where(slot_block >= 0, QUERY_HEADS, QUERY_HEADS + 2 * KV_HEADS)
+    is_cached_XF = exists_XF & (heads_X >= first_cached)[:, None]
     kv_heads_X = (heads_X - QUERY_HEADS - tl.where(is_value_X, KV_HEADS, 0)).to(tl.int64)
     lines_X = kv_heads_X * head_stride + tl.where(is_value_X, value_stride, 0)
-    slot_ptr = kv_ptr + tl.load(slot_blocks_ptr + token) * block_stride
+    slot_ptr = kv_ptr + slot_block * block_stride
     slot_ptr += tl.load(slot_offsets_ptr + token) * HEAD_DIM
     slot_ptrs_XF = slot_ptr + lines_X[:, None] + dims_F[None, :]
     tl.store(slot_ptrs_XF, first_XF, mask=is_cached_XF)

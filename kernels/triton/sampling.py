@@ -15,6 +15,7 @@ Legend: R rows, V vocabulary, C slices of it, X tokens of a slice or of a tile.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -48,25 +49,38 @@ class SamplingRows:
                 raise ValueError(f"{name}: must be contiguous, {dtype}, with one entry for each row")
 
 
-def sample(logits_RV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
-    """The token of each row, int64. Logits that hold NaN give a valid token without a meaning."""
+class SampledRows(NamedTuple):
+    """One entry for each row."""
+
+    token_ids_R: torch.Tensor
+    """int64."""
+    finite_R: torch.Tensor
+    """int32: 0 where the logits held NaN or infinity; that token is a valid id without a meaning."""
+
+
+def sample(logits_RV: torch.Tensor, rows: SamplingRows) -> SampledRows:
+    """The token of each row, and whether it means anything."""
     num_rows = len(logits_RV)
     if num_rows != len(rows.temperature_R):
         raise ValueError(f"logits_RV: {num_rows} rows with parameters for {len(rows.temperature_R)}")
     if logits_RV.stride(1) != 1:
         raise ValueError("logits_RV: rows must be contiguous")
-    token_ids_R = torch.empty(num_rows, dtype=torch.int64, device=logits_RV.device)
+    sampled = SampledRows(
+        torch.empty(num_rows, dtype=torch.int64, device=logits_RV.device),
+        torch.empty(num_rows, dtype=torch.int32, device=logits_RV.device),
+    )
     if num_rows:
-        _launch(token_ids_R, logits_RV, rows)
-    return token_ids_R
+        _launch(sampled, logits_RV, rows)
+    return sampled
 
 
-def _launch(token_ids_R: torch.Tensor, logits_RV: torch.Tensor, rows: SamplingRows) -> None:
+def _launch(sampled: SampledRows, logits_RV: torch.Tensor, rows: SamplingRows) -> None:
     num_rows, vocab_size = logits_RV.shape
     num_slices = triton.cdiv(vocab_size, _SLICE)
     slices_padded = triton.next_power_of_2(num_slices)
     best_RC = logits_RV.new_empty((num_rows, num_slices), dtype=torch.float32)
     ids_RC = logits_RV.new_empty((num_rows, num_slices), dtype=torch.int32)
+    finite_RC = logits_RV.new_empty((num_rows, num_slices), dtype=torch.int32)
     best_R = logits_RV.new_empty(num_rows, dtype=torch.float32)
     kept_R = logits_RV.new_empty(num_rows, dtype=torch.float32)
     # Without fused multiply-add: scores must be those of the CPU to the bit, or tokens at a filter's cut
@@ -74,6 +88,7 @@ def _launch(token_ids_R: torch.Tensor, logits_RV: torch.Tensor, rows: SamplingRo
     _best_kernel[(num_rows, num_slices)](
         best_RC,
         ids_RC,
+        finite_RC,
         logits_RV,
         logits_RV.stride(0),
         vocab_size,
@@ -83,11 +98,13 @@ def _launch(token_ids_R: torch.Tensor, logits_RV: torch.Tensor, rows: SamplingRo
         enable_fp_fusion=False,
     )
     _filter_kernel[(num_rows,)](
-        token_ids_R,
+        sampled.token_ids_R,
+        sampled.finite_R,
         best_R,
         kept_R,
         best_RC,
         ids_RC,
+        finite_RC,
         logits_RV,
         rows.temperature_R,
         rows.top_k_R,
@@ -117,7 +134,7 @@ def _launch(token_ids_R: torch.Tensor, logits_RV: torch.Tensor, rows: SamplingRo
         enable_fp_fusion=False,
     )
     _winner_kernel[(num_rows,)](
-        token_ids_R,
+        sampled.token_ids_R,
         best_RC,
         ids_RC,
         rows.temperature_R,
@@ -132,6 +149,7 @@ def _launch(token_ids_R: torch.Tensor, logits_RV: torch.Tensor, rows: SamplingRo
 def _best_kernel(
     best_ptr,  # (R, C) fp32: the largest logit of the slice...
     ids_ptr,  # (R, C) int32: ...and the lowest id that has it
+    finite_ptr,  # (R, C) int32: whether all of the slice are finite
     logits_ptr,  # (R, V)
     logits_stride,
     vocab_size,
@@ -145,15 +163,20 @@ def _best_kernel(
     best, best_id = _lowest_id_of_max(logits_X, tokens_X)
     tl.store(best_ptr + cell, best)
     tl.store(ids_ptr + cell, best_id)
+    # Neither NaN nor infinity lies below infinity.
+    finite_X = (tl.abs(logits_X) < float("inf")) | (tokens_X >= vocab_size)
+    tl.store(finite_ptr + cell, tl.min(finite_X.to(tl.int32)))
 
 
 @triton.jit
 def _filter_kernel(
     token_ids_ptr,  # (R,) int64: of the best token
+    row_finite_ptr,  # (R,) int32
     row_best_ptr,  # (R,) fp32: the largest logit
     kept_ptr,  # (R,) fp32: scores down to minus this are kept
     best_ptr,  # (R, C) fp32
     ids_ptr,  # (R, C) int32
+    finite_ptr,  # (R, C) int32
     logits_ptr,  # (R, V)
     temperature_ptr,  # (R,) fp32
     top_k_ptr,  # (R,) int32
@@ -169,6 +192,9 @@ def _filter_kernel(
     best, best_id = _best_of_slices(best_ptr, ids_ptr, row, num_slices, SLICES_PADDED)
     tl.store(token_ids_ptr + row, best_id.to(tl.int64))
     tl.store(row_best_ptr + row, best)
+    slices_C = tl.arange(0, SLICES_PADDED)
+    finite_C = tl.load(finite_ptr + row * num_slices + slices_C, mask=slices_C < num_slices, other=1)
+    tl.store(row_finite_ptr + row, tl.min(finite_C))
     temperature = tl.load(temperature_ptr + row)
     if temperature == 0:
         return

@@ -178,7 +178,7 @@ def check_sampling() -> list[Check]:
     generator = torch.Generator("cuda").manual_seed(0)
     logits_RV = torch.randn((num_rows, vocab_size), generator=generator, device="cuda") * 3
     rows = sampling_rows(num_rows, vocab_size)
-    got_R = sample(logits_RV, rows)
+    got_R = sample(logits_RV, rows).token_ids_R
     wrong = 0
     for r in range(num_rows):
         temperature = float(rows.temperature_R[r])

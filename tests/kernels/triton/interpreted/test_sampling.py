@@ -57,7 +57,7 @@ def cpu_tokens(requests: list[SamplingParams], logits_RV: torch.Tensor, position
 def test_tokens_are_those_of_the_cpu(position):
     logits_RV = torch.randn((len(REQUESTS), VOCAB), generator=torch.Generator().manual_seed(position)) * 3
     positions_R = np.full(len(REQUESTS), position)
-    got = sample(logits_RV, parameters(REQUESTS, positions_R)).tolist()
+    got = sample(logits_RV, parameters(REQUESTS, positions_R)).token_ids_R.tolist()
     assert got == cpu_tokens(REQUESTS, logits_RV, positions_R)
 
 
@@ -66,7 +66,7 @@ def test_tokens_that_tie_at_a_cut_stay_together_as_on_the_cpu():
     generator = torch.Generator().manual_seed(0)
     logits_RV = torch.randint(0, 6, (len(REQUESTS), VOCAB), generator=generator).float()
     positions_R = np.arange(1, len(REQUESTS) + 1)
-    got = sample(logits_RV, parameters(REQUESTS, positions_R)).tolist()
+    got = sample(logits_RV, parameters(REQUESTS, positions_R)).token_ids_R.tolist()
     assert got == cpu_tokens(REQUESTS, logits_RV, positions_R)
 
 
@@ -75,7 +75,7 @@ def test_logits_of_minus_infinity_are_never_drawn():
     logits_RV = torch.full((len(REQUESTS), VOCAB), -torch.inf)
     logits_RV[:, [7, 4500]] = 1.0
     for position in range(3):
-        got = sample(logits_RV, parameters(REQUESTS, np.full(len(REQUESTS), position)))
+        got = sample(logits_RV, parameters(REQUESTS, np.full(len(REQUESTS), position))).token_ids_R
         assert set(got.tolist()) <= {7, 4500}
 
 
@@ -85,9 +85,13 @@ def test_logits_of_minus_infinity_are_never_drawn():
 def test_a_broken_row_gives_a_valid_token_and_leaves_the_others_alone(value):
     logits_RV = torch.randn(len(REQUESTS), VOCAB)
     rows = parameters(REQUESTS, np.ones(len(REQUESTS), np.int64))
-    expected_R = sample(logits_RV, rows)
+    expected_R, finite_R = sample(logits_RV, rows)
+    assert finite_R.all()
+    logits_RV[::2, 4321] = value
+    assert sample(logits_RV, rows).finite_R.tolist() == [i % 2 for i in range(len(REQUESTS))]
     logits_RV[::2] = value
-    got_R = sample(logits_RV, rows)
+    got_R, finite_R = sample(logits_RV, rows)
+    assert finite_R.tolist() == [i % 2 for i in range(len(REQUESTS))]
     assert torch.equal(got_R[1::2], expected_R[1::2])
     assert got_R.min() >= 0
     assert got_R.max() < VOCAB
