@@ -4,7 +4,7 @@ A copy starts behind every step that was launched before it was handed over, in 
 must not read a block before it is computed, and a load must not overwrite one that attention still reads.
 
 Copies are handed over in batches of a few milliseconds, and no more of them than keep the link busy until
-somebody looks again: what waits here can still be overtaken by nothing, but what the GPU has, it copies.
+somebody looks again: a queue of seconds in the GPU could not be taken back at the end.
 """
 
 import random
@@ -223,8 +223,10 @@ class CudaTransfer:
                     batch = lane.under_way.popleft()
                     lane.bytes_under_way -= batch.num_bytes
                     lane.events.append((batch.began, batch.done))
-                    self._done += [Completion(ticket, True) for ticket in batch.tickets]
-                    rate = batch.num_bytes / max(batch.done.seconds_since(batch.began), 1e-9)
+                    seconds = max(batch.done.seconds_since(batch.began), 1e-9)
+                    share = seconds / len(batch.tickets)
+                    self._done += [Completion(ticket, True, share) for ticket in batch.tickets]
+                    rate = batch.num_bytes / seconds
                     # A small batch is mostly latency, and says little of the link.
                     weight = min(0.2, batch.num_bytes / (rate * _BATCH_SECONDS) * 0.2)
                     lane.bytes_per_second += weight * (rate - lane.bytes_per_second)

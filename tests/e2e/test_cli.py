@@ -30,6 +30,7 @@ SERVE_FLAGS = [
     "--block-size",
     "--device",
     "--device-kv-tokens",
+    "--device-memory-fraction",
     "--drain-grace",
     "--dtype",
     "--hang-timeout",
