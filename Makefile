@@ -79,8 +79,8 @@ soak: protos ## The engine in random worlds with faults, until REQUESTS have end
 fuzz: protos ## MESSAGES from no sane client against a real server: 0 crashes, 0 UNKNOWN, 0 leaked blocks
 	TIDEGATE_FUZZ=$(MESSAGES) $(BIN)/python -m pytest -s tests/e2e/test_fuzz.py
 
-gpu: ## On a machine with CUDA, torch and triton: the kernels against references, peers and roofline
-	PYTHONPATH=.src:tests/support:tests/gpu $(PYTHON) -P tests/gpu/kernels.py --json gpu-kernels.json
+gpu: ## On a machine with CUDA, torch and triton: check and measure all of it, or PARTS="swap storm"
+	PYTHONPATH=.src:tests/support:tests/gpu $(PYTHON) -P tests/gpu/run.py --json gpu.json $(PARTS:%=--part %)
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .cache dist

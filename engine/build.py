@@ -62,7 +62,6 @@ def compose(config: EngineConfig, path: Path, parts: DeviceParts) -> EngineCore:
         hasher=hasher,
         host_ready=parts.host_ready,
         host_quota=int(config.tenant_host_share * sizes.host),
-        host_quota=int(config.tenant_host_share * sizes.host),
     )
     scheduler = Scheduler(
         Limits(
