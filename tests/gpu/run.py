@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import triton
+from machine import device_name
 
 HERE = Path(__file__).parent
 PARTS = {
@@ -35,7 +36,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540, help="for all parts together")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    device = torch.cuda.get_device_name()
+    device = device_name()
     report: dict[str, object] = {
         "device": device,
         "torch": torch.__version__,
