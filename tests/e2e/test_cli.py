@@ -134,7 +134,7 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
         "--device cpu --dtype float32 --max-model-len 100 --block-size 16 --device-kv-tokens 200 "
         "--host-kv-tokens 0 --preemption swap --no-prefix-caching --max-num-seqs 3 --max-step-tokens 64 "
         "--max-waiting 5 --park-grace 0.25 --pipeline-depth 1 --max-restarts 7 --hang-timeout 9 "
-        "--tls-cert c --tls-key k --tls-client-ca a "
+        "--tls-cert c --tls-key k --tls-client-ca a --device-memory-fraction 0.5 "
         "--auth-tokens t --jwt-keys j --jwt-issuer i --jwt-audience u --health-port 9 --metrics-port 8 "
         "--admin-listen unix:/tmp/d --otlp-endpoint http://c:1 "
         "--protocols vllm --max-waiting-tokens 7 --tenant-requests 8 --tenant-tokens 6"
@@ -149,6 +149,7 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
         max_model_len=100,
         block_size=16,
         device_kv_tokens=200,
+        device_memory_fraction=0.5,
         host_kv_tokens=0,
         preemption="swap",
         prefix_caching=False,
