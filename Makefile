@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 WHEEL_ENV := .cache/wheel-env
 REQUESTS ?= 20000
 MESSAGES ?= 1000000
+BENCH := PYTHONPATH=tests/support $(BIN)/python tests/bench
 CLIENTS := kserve smg
 
 # Keeps the repository's root off sys.path, where transformers would take our kernels/ for the package
@@ -66,9 +67,12 @@ compat: wheel-env $(CLIENTS:%=.cache/compat/%/.installed) ## Other people's clie
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --requirement $<
 	touch $@
 
-bench: protos ## Offline throughput of the demo checkpoint, as JSON in .cache/
+bench: protos ## The demo checkpoint's throughput, storms, returning turns, and what the tier costs: JSON in .cache/
 	mkdir -p .cache
 	$(BIN)/tidegate bench offline --model demo --requests 64 --input-len 128 --output-len 64 --json .cache/bench.json
+	$(BENCH)/storm.py --model demo --device-kv-tokens 2048 --input-len 64 --output-len 128 --json .cache/storm.json
+	$(BENCH)/turns.py --model demo --conversations 16 --resident 4 --json .cache/turns.json
+	$(BENCH)/pressure.py --model demo --json .cache/pressure.json
 
 simulate: protos ## Policies against loads on simulated machines, in virtual time: one table a machine
 	PYTHONPATH=tests/support $(BIN)/python tests/simulation/lab.py
