@@ -102,15 +102,57 @@ class Text:
         ``add_generation_prompt`` opens the assistant's next message; ``continue_final_message`` leaves
         the last one open instead, to be carried on. Raises ``InvalidRequest`` that names ``messages``.
         """
-        if self._render is None:
-            raise _invalid("messages", "this model has no chat template; send text or token ids")
         if not messages:
             raise _invalid("messages", "must hold at least one message")
         for index, message in enumerate(messages):
             if not isinstance(message.get("role"), str):
                 raise _invalid(f"messages[{index}].role", "must be a string")
+        text = self._rendered(messages, add_generation_prompt, continue_final_message)
+        # The template writes the special tokens itself.
+        return self.encode(text, add_special_tokens=False)
+
+    def continue_chat(
+        self,
+        token_ids: list[int],
+        num_prompt: int,
+        history: Sequence[Mapping[str, Any]] | None,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of a chat that goes on: ``token_ids``, then the end of the answer and new messages.
+
+        [0, num_prompt) of ``token_ids`` are the prompt that ``history`` became, or another prompt (None);
+        the others are the answer. They stay as they were sampled, so that what was computed for them
+        counts. Where the template writes a past turn in another way than it was read (some drop an
+        answer's reasoning), the whole chat is rendered anew, and only the beginning is the same.
+
+        Raises ``InvalidRequest`` that names ``messages``.
+        """
+        answer = self.decode(token_ids[num_prompt:])
+        if history is None:
+            history, answer = [{"role": "user", "content": "x"}], "y"
+        chat = [*history, {"role": "assistant", "content": answer}, *messages]
+        opened = self._rendered(history, add_generation_prompt=True)
+        whole = self._rendered(chat, add_generation_prompt)
+        for head in (opened + answer, opened + answer.strip()):
+            if whole.startswith(head):
+                rest = self.encode(whole[len(head) :], add_special_tokens=False)
+                # The answer may have ended with the very token that closes a turn.
+                closed = bool(rest) and rest[0] == token_ids[-1] and self.is_special(rest[0])
+                return [*token_ids, *rest[closed:]]
+        return self.encode(whole, add_special_tokens=False)
+
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        continue_final_message: bool = False,
+    ) -> str:
+        """Raises ``InvalidRequest`` that names ``messages``."""
+        if self._render is None:
+            raise _invalid("messages", "this model has no chat template; send text or token ids")
         try:
-            text = self._render(
+            return self._render(
                 conversation=list(messages),
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
                 continue_final_message=continue_final_message,
@@ -119,8 +161,6 @@ class Text:
             # Not in the error's own words, which may quote a message.
             description = "the chat template refused them: check the roles, their order and the contents"
             raise _invalid("messages", description) from error
-        # The template writes the special tokens itself.
-        return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Ids outside the vocabulary have no text."""
@@ -136,6 +176,18 @@ class Text:
         continue_final_message: bool = False,
     ) -> list[int]:
         return await self._in_pool(self.render_chat, messages, add_generation_prompt, continue_final_message)
+
+    async def continue_chat_async(
+        self,
+        token_ids: list[int],
+        num_prompt: int,
+        history: Sequence[Mapping[str, Any]] | None,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        return await self._in_pool(
+            self.continue_chat, token_ids, num_prompt, history, messages, add_generation_prompt
+        )
 
     async def decode_async(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return await self._in_pool(self.decode, token_ids, skip_special_tokens)
@@ -300,6 +352,23 @@ class TextStream:
     def flush(self) -> str:
         """All that is held back, for a choice that ends without more tokens."""
         return self._end()
+
+    def change_stops(self, stops: tuple[str, ...]) -> str:
+        """Other stop strings, from the next token on; the text that only the old ones held back.
+
+        A new one may begin in text that is held back, but not end there.
+        """
+        if self.stop is not None:
+            return ""
+        text, self._state = self._held, 0
+        self._stops = _stop_automaton(stops) if stops else None
+        keep = len(text)
+        if self._stops is not None:
+            for char in text:
+                self._state, _ = self._stops.step(self._state, char)
+            keep -= self._stops.depth[self._state]
+        self._held = text[keep:]
+        return text[:keep]
 
     def _end(self, stop_token_text: str = "") -> str:
         if self.stop is not None:

@@ -3,7 +3,8 @@
 import uuid
 from collections.abc import AsyncGenerator
 
-from tidegate.service.events import Delta, Failed, Finished, Notice, Outbox, coalesce
+from tidegate.service.delivery import Delivery
+from tidegate.service.events import Event, Failed, Finished
 from tidegate.service.generation import Generation
 from tidegate.service.intake import Intake
 from tidegate.v1 import inference_pb2
@@ -17,7 +18,7 @@ Message = inference_pb2.GenerateRequest | inference_pb2.GenerateUnaryRequest
 
 
 def open_call(
-    intake: Intake, request: Message, outbox: Outbox, *, unread: int | None, remaining: float | None
+    intake: Intake, request: Message, delivery: Delivery, *, unread: int | None, remaining: float | None
 ) -> Generation:
     """Register the request. Raises ``Failure``.
 
@@ -27,24 +28,26 @@ def open_call(
     limit = None
     if remaining is not None:
         limit = remaining - min(DEADLINE_MARGIN, DEADLINE_MARGIN * remaining)
-    return intake.open(request_id, request, outbox, credit=None, unread=unread, time_limit=limit)
+    generation = intake.open(request_id, request, credit=None, unread=unread, time_limit=limit)
+    generation.join(None, delivery, None)
+    return generation
 
 
 async def stream_call(
     intake: Intake, request: inference_pb2.GenerateRequest, remaining: float | None
-) -> AsyncGenerator[Notice | list[Delta]]:
+) -> AsyncGenerator[Event]:
     """Everything that happens to the request, to its ``Finished``; a consumer that leaves ends it.
 
     A list is what is new of each choice. The next event is asked for when the one before was written,
     and so the request waits for a slow reader. Raises ``Failure``, for a refusal before anything else.
     """
-    outbox = Outbox()
-    generation = open_call(intake, request, outbox, unread=UNREAD_TOKENS, remaining=remaining)
+    delivery = Delivery()
+    generation = open_call(intake, request, delivery, unread=UNREAD_TOKENS, remaining=remaining)
     try:
         await intake.submit(generation, request)
         ended = False
         while not ended:
-            for event in coalesce(await outbox.take()):
+            for event in await delivery.take():
                 if isinstance(event, Failed):
                     raise event.failure
                 yield event

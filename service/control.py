@@ -17,7 +17,7 @@ from tidegate.service.errors import Failure
 from tidegate.service.hub import Hub, draining
 from tidegate.service.identity import Role, caller
 from tidegate.service.intake import check_model, seconds
-from tidegate.service.session import SessionLimits
+from tidegate.service.session_limits import SessionLimits
 from tidegate.v1 import control_pb2, control_pb2_grpc
 
 MIN_INTERVAL = 0.01

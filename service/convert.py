@@ -31,15 +31,15 @@ PROGRESS_KINDS = {
 }
 
 
-def admitted(event: events.Admitted, with_prompt: bool) -> events_pb2.Admitted:
+def admitted(event: events.Admitted) -> events_pb2.Admitted:
     return events_pb2.Admitted(
         request_id=event.request_id,
         queue_position=event.queue_position,
-        prompt_tokens=len(event.prompt_token_ids),
+        prompt_tokens=event.prompt_tokens,
         cached_device_tokens=event.cached_device_tokens,
         cached_host_tokens=event.cached_host_tokens,
         seed=event.seed,
-        prompt_token_ids=event.prompt_token_ids if with_prompt else None,
+        prompt_token_ids=event.prompt_token_ids,
     )
 
 

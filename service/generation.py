@@ -2,53 +2,40 @@
 
 The first transition wins: whatever ends a choice first (the engine, a stop string, a cancel, the time
 limit) decides its reason, and tokens that come later are dropped and not counted.
+
+What it has to say is taken by the stream that listens, if there is one. Behind its end it can still be
+asked for, until its client has acknowledged it.
 """
 
 import asyncio
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
-import msgspec
+from msgspec.structs import replace
 
 from tidegate.engine import messages
-from tidegate.engine.messages import Command, Finish, Limit, ProgressKind
-from tidegate.engine.request import FinishReason, Request
+from tidegate.engine.messages import Command, Finish, Limit, ProgressKind, Update
+from tidegate.engine.request import FinishReason, Request, SamplingParams
 from tidegate.engine.text import Text, TextStream
+from tidegate.service.choice import Choice
+from tidegate.service.credit import TOKEN_BYTES, Pool, Share
+from tidegate.service.delivery import WAITING_CHARS, Delivery, Flush
 from tidegate.service.errors import Failure
-from tidegate.service.events import (
-    Admitted,
-    ChoiceEnd,
-    Delta,
-    Failed,
-    Finished,
-    Outbox,
-    Progress,
-    Timings,
-    Usage,
-)
+from tidegate.service.events import Admitted, ChoiceEnd, Failed, Finished, Progress, Timings, Usage
 
 
-@dataclass(slots=True)
-class _Choice:
-    index: int
-    stream: TextStream
-    token_ids: list[int]
-    """Output that came with the request or from the engine, and counts."""
-    delivered: int
-    """Output tokens [0, delivered) were written to the client's stream."""
-    end: ChoiceEnd | None = None
-    is_confirmed: bool = False
-    """Whether the engine said that it holds nothing of this choice any more."""
+class Keeper(Protocol):
+    """The session that a request belongs to."""
 
-    @property
-    def offset(self) -> int:
-        """Of the next token."""
-        return len(self.token_ids)
+    def lost(self, generation: "Generation") -> None:
+        """Another session or RPC has the request now, or nobody remembers it any more."""
 
 
 class Generation:
-    """A request that ends in exactly one ``Finished`` or ``Failed`` in its outbox.
+    """A request that ends in exactly one ``Finished`` or ``Failed``.
 
     Unless its client left: ``abandon`` ends it without a word.
     """
@@ -57,7 +44,6 @@ class Generation:
         self,
         request_id: str,
         tenant: str,
-        outbox: Outbox,
         *,
         num_choices: int,
         credit: int | None,
@@ -65,36 +51,58 @@ class Generation:
         time_limit: float | None,
         send: Callable[[Command], None],
         on_end: Callable[["Generation"], None],
+        digest: bytes = b"",
+        token_bytes: int = TOKEN_BYTES,
+        with_prompt: bool = False,
+        lease_seconds: float | None = None,
     ) -> None:
         """``credit``: the client's, absolute. ``unread``: tokens of a choice that may wait for the writer.
 
-        None is without limit, for both. ``time_limit`` in seconds from now.
+        None is without limit, for both. ``time_limit`` in seconds from now. ``digest`` stands for the
+        content, where another request with this id may ask for the same. ``token_bytes``: of one output
+        token in the log. ``with_prompt``: the client wants to be told its prompt's tokens.
+        ``lease_seconds``: how long it can be continued behind its end.
         """
         self.request_id = request_id
         self.tenant = tenant
+        self.digest = digest
+        self.lease_seconds = lease_seconds
         self.engine_id: str | None = None
         """The engine's name for it, once it was submitted."""
+        self.conversation: list[Mapping[str, str]] | None = None
+        """The chat that its prompt was rendered from, where it may be continued."""
         self.is_admitted = False
         self.is_ended = False
         self.end: Finished | Failed | None = None
         """The terminal event. None behind the end, where nobody is to be told."""
         self.deadline = None if time_limit is None else time.monotonic() + time_limit
-        self._outbox = outbox
+        self.listener: Delivery | None = None
+        self.keeper: Keeper | None = None
+        self.is_marked = False
         self._num_choices = num_choices
-        self._choices: list[_Choice] = []
+        self._choices: list[Choice] = []
         """Empty until the content is known."""
         self._credit = credit
         self._unread = unread
+        self._share: Share | None = None
         self._limit: int | None = None
         """What the engine was last told: each choice may have generated up to here."""
+        self._raise_at = math.inf
+        """The output offset that is a reason to raise it."""
+        self._token_bytes = token_bytes
+        self._with_prompt = with_prompt
         self._send = send
         self._on_end = on_end
         self._request: Request | None = None
         self._queue_position = 0
         self._usage = Usage()
+        self._admitted: Admitted | None = None
+        self._admitted_is_sent = False
+        self._end_is_sent = False
         self._arrived_at = time.monotonic()
         self._admitted_at: float | None = None
         self._first_token_at: float | None = None
+        self._has_content = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         if time_limit is not None:
             self._timer = asyncio.get_running_loop().call_later(max(0.0, time_limit), self.expire)
@@ -111,15 +119,20 @@ class Generation:
         self._queue_position = queue_position
         self._usage.prompt_tokens = len(request.prompt_token_ids)
         given = request.output_token_ids
-        for index in range(self._num_choices):
-            stream = TextStream(text, request.params)
-            stream.push(given)
-            self._choices.append(_Choice(index, stream, list(given), len(given)))
-        self._limit = request.emit_upto = self._allowed()
+        self._choices = [
+            Choice(self.request_id, index, text, request.params, given) for index in range(self._num_choices)
+        ]
+        self._has_content.set()
+        self._limit = len(given)
+        self._limit = request.emit_upto = self._next_limit()
         if given:
             reason = _end_of_given(request, self._choices[0].stream, eos_token_ids)
             if reason is not None:
                 self._stop(reason)
+
+    async def has_content(self) -> None:
+        """Wait until its prompt has been read, or it has ended before."""
+        await self._has_content.wait()
 
     def grant(self, upto: int) -> None:
         """Credit from the client: absolute, the larger wins."""
@@ -138,6 +151,36 @@ class Generation:
         step = self._unread // 2
         if choice.end is not None or upto + self._unread >= self._limit + step:
             self._raise_limit(by_at_least=step)
+
+    def ack(self, choice_index: int, upto: int) -> None:
+        """The client holds the output tokens of a choice before this offset."""
+        if choice_index < len(self._choices):
+            newly = self._choices[choice_index].ack(upto)
+            if newly and self._share is not None:
+                self._share.give_back(newly)
+
+    @property
+    def params(self) -> SamplingParams | None:
+        """None until the content is known."""
+        return None if self._request is None else self._request.params
+
+    def update(self, max_tokens: int | None, stops: tuple[tuple[str, ...], tuple[int, ...]] | None) -> None:
+        """Raise the limit of a running request, and replace its stop strings and its stop token ids.
+
+        Raises ``InvalidRequest`` where they are out of range, and then changes nothing.
+        """
+        if self._request is None or self.engine_id is None:
+            return
+        changes: dict[str, object] = {} if max_tokens is None else {"max_tokens": max_tokens}
+        if stops is not None:
+            changes["stop"], changes["stop_token_ids"] = stops
+        self._request.params = replace(self._request.params, **changes)
+        self._send(Update(self.engine_id, max_tokens, None if stops is None else stops[1]))
+        if stops is not None:
+            for choice in self._choices:
+                if choice.end is None:
+                    choice.change_stops(stops[0])
+            self._mark()
 
     def cancel(self) -> None:
         self._stop(FinishReason.CANCELLED)
@@ -170,23 +213,96 @@ class Generation:
     @property
     def has_credit(self) -> bool:
         """Whether every choice that runs may generate."""
-        allowed = self._allowed()
-        return allowed is None or all(c.offset < allowed for c in self._choices if c.end is None)
+        limit = self._limit
+        return limit is None or all(len(c.token_ids) < limit for c in self._choices if c.end is None)
 
     def continuation(self) -> Request:
         """What another engine is told of a request that was submitted, to go on behind what there is."""
         if self._request is None:
             raise RuntimeError("the content of the request is not known yet")
-        self._limit = self._allowed()
+        self._limit = self._next_limit()
         running = {choice.index: list(choice.token_ids) for choice in self._choices if choice.end is None}
-        return msgspec.structs.replace(self._request, emit_upto=self._limit, choices=running)
+        return replace(self._request, emit_upto=self._limit, choices=running)
 
     def on_recovered(self) -> None:
         """Another engine goes on with it."""
         if self.is_admitted:
             for choice in self._choices:
                 if choice.end is None:
-                    self._outbox.put(Progress(self.request_id, choice.index, ProgressKind.RECOVERED))
+                    self._note(choice, ProgressKind.RECOVERED)
+
+    # Who continues it.
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return [] if self._request is None else self._request.prompt_token_ids
+
+    @property
+    def outputs(self) -> list["array[int]"]:
+        """The output tokens so far, of each choice."""
+        return [choice.token_ids for choice in self._choices]
+
+    def shed(self) -> None:
+        """It has ended: let go of what only an engine, or those that continue it, would want to know."""
+        self.conversation = None
+        if self._request is not None:
+            self._request = replace(self._request, prompt_token_ids=[], output_token_ids=[])
+
+    # Who listens.
+
+    def join(self, keeper: Keeper | None, delivery: Delivery | None, pool: Pool | None) -> None:
+        """Belong to this session or RPC from now on; whoever had the request before loses it."""
+        before, self.keeper = self.keeper, keeper
+        if before is not None and before is not keeper:
+            before.lost(self)
+        self._leave_share()
+        if pool is not None:
+            held = sum(self._held(choice) for choice in self._choices)
+            self._share = Share(pool, self._token_bytes, held, self._ask_for_room)
+        self._set_listener(delivery)
+
+    def listen(self, delivery: Delivery | None, next_offsets: Mapping[int, int] | None = None) -> None:
+        """Tell this stream everything from these output offsets on, by choice; of others, from the last
+        ``Ack`` on. None: nobody listens, and what comes is kept.
+        """
+        self._set_listener(delivery)
+        self._admitted_is_sent = self._end_is_sent = False
+        for choice in self._choices:
+            choice.rewind((next_offsets or {}).get(choice.index))
+        self._mark()
+
+    def forget(self) -> None:
+        """The client holds all of it, or will not ask any more."""
+        self._leave_share()
+        self._set_listener(None)
+        keeper, self.keeper = self.keeper, None
+        if keeper is not None:
+            keeper.lost(self)
+
+    def collect(self, flush: Flush) -> None:
+        """What is new goes into the flush, as far as there is room."""
+        if self._admitted is not None and not self._admitted_is_sent:
+            self._admitted_is_sent = True
+            flush.before.append(self._admitted)
+        has_more = False
+        for choice in self._choices:
+            before, behind = choice.take_progress()
+            flush.before += before
+            if flush.room > 0:
+                waiting = choice.waiting_chars
+                delta = choice.take(flush.room)
+                if self.listener is not None:
+                    self.listener.waiting_chars -= waiting - choice.waiting_chars
+                if delta is not None:
+                    flush.deltas.append(delta)
+                    flush.room -= delta.weight
+            flush.after += behind
+            has_more = has_more or choice.has_news
+        if has_more:
+            self._mark()
+        elif self.end is not None and not self._end_is_sent:
+            self._end_is_sent = True
+            flush.after.append(self.end)
 
     # From the engine.
 
@@ -206,44 +322,47 @@ class Generation:
         self.is_admitted = True
         self._admitted_at = time.monotonic()
         self._usage.cached_tokens = admitted.cached_device_tokens + admitted.cached_host_tokens
-        self._outbox.put(
-            Admitted(
-                request_id=self.request_id,
-                queue_position=self._queue_position,
-                cached_device_tokens=admitted.cached_device_tokens,
-                cached_host_tokens=admitted.cached_host_tokens,
-                seed=self._request.seed,
-                prompt_token_ids=self._request.prompt_token_ids,
-            )
+        self._admitted = Admitted(
+            request_id=self.request_id,
+            queue_position=self._queue_position,
+            cached_device_tokens=admitted.cached_device_tokens,
+            cached_host_tokens=admitted.cached_host_tokens,
+            seed=self._request.seed,
+            prompt_tokens=len(self._request.prompt_token_ids),
+            prompt_token_ids=self._request.prompt_token_ids if self._with_prompt else (),
         )
+        self._mark()
 
     def on_delta(self, delta: messages.Delta, reason: FinishReason | None) -> None:
         """``reason``: why the engine ended the choice behind these tokens, where it did so in this step."""
         choice = self._choices[delta.choice]
         if choice.end is not None:
             return
-        if delta.offset != choice.offset:
+        if delta.offset != len(choice.token_ids):
             self.fail(Failure("TOKENS_OUT_OF_ORDER", "the engine skipped or repeated a token"))
             return
         if self._first_token_at is None:
             self._first_token_at = time.monotonic()
-        added = choice.stream.push(delta.token_ids, reason)
-        token_ids = delta.token_ids[: added.num_tokens]
-        logprobs = delta.logprobs[: added.num_tokens] if delta.logprobs else None
-        choice.token_ids += token_ids
+        listener = self.listener
+        added = choice.push(delta.token_ids, delta.logprobs, reason, listener is not None)
+        if listener is not None:
+            listener.waiting_chars += len(added.text)
+            if listener.waiting_chars > WAITING_CHARS:
+                listener.waiting_chars -= choice.waiting_chars
+                choice.forget_text()
+            listener.mark(self)
         if added.stop is not None:
             reason = FinishReason.STOP_STRING
             self._finish_in_engine(reason, choice)
         if reason is not None:
             self._decide(choice, reason)
-        self._outbox.put(
-            Delta(self.request_id, choice.index, delta.offset, token_ids, added.text, logprobs, reason)
-        )
+        elif len(choice.token_ids) >= self._raise_at:
+            self._ask_for_room()
 
     def on_progress(self, progress: messages.Progress) -> None:
         choice = self._choices[progress.choice]
         if choice.end is None:
-            self._outbox.put(Progress(self.request_id, choice.index, progress.kind))
+            self._note(choice, progress.kind)
 
     def on_choice_end(self, finished: messages.Finished) -> None:
         """The engine ended a choice. The tokens of its last step have been seen."""
@@ -266,6 +385,24 @@ class Generation:
 
     # Inside.
 
+    def _set_listener(self, delivery: Delivery | None) -> None:
+        if self.listener is not None:
+            self.listener.waiting_chars -= sum(choice.waiting_chars for choice in self._choices)
+        for choice in self._choices:
+            choice.forget_text()
+        self.listener = delivery
+        self.is_marked = False
+
+    def _note(self, choice: Choice, kind: ProgressKind) -> None:
+        """Something happened to a choice, which is news for those alone who listen."""
+        if self.listener is not None:
+            choice.note(Progress(self.request_id, choice.index, kind))
+            self._mark()
+
+    def _mark(self) -> None:
+        if self.listener is not None:
+            self.listener.mark(self)
+
     def _stop(self, reason: FinishReason) -> None:
         """End all choices that still run, and the request with them, without waiting for the engine.
 
@@ -279,20 +416,25 @@ class Generation:
                 self._end_choice(choice, reason)
         self._finish(reason)
 
-    def _end_choice(self, choice: _Choice, reason: FinishReason) -> None:
+    def _end_choice(self, choice: Choice, reason: FinishReason) -> None:
         """End a choice behind its last token, with the text that was held back."""
-        text = choice.stream.flush()
+        text = choice.flush(keep_text=self.listener is not None)
+        if self.listener is not None:
+            self.listener.waiting_chars += len(text)
         if choice.stream.stop is not None:
             reason = FinishReason.STOP_STRING
         self._decide(choice, reason)
-        self._outbox.put(Delta(self.request_id, choice.index, choice.offset, [], text, None, reason))
+        self._mark()
 
-    def _decide(self, choice: _Choice, reason: FinishReason) -> None:
-        choice.end = ChoiceEnd(choice.index, reason, choice.offset)
+    def _decide(self, choice: Choice, reason: FinishReason) -> None:
+        offset = len(choice.token_ids)
+        choice.end = ChoiceEnd(choice.index, reason, offset)
         if reason is FinishReason.STOP_TOKEN:
             choice.end.stop_token_id = choice.token_ids[-1]
         elif reason is FinishReason.STOP_STRING and choice.stream.stop is not None:
             choice.end.stop_string = choice.stream.stop.stop
+        if self._share is not None and self._limit is not None:
+            self._share.give_back(self._limit - offset, unused=True)
 
     def _finish(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """``reason``: for choices of which nothing is known yet."""
@@ -320,37 +462,72 @@ class Generation:
         self.end = end
         if self._timer is not None:
             self._timer.cancel()
+        self._raise_at = math.inf
+        if self._share is not None and self._limit is not None:
+            running = [choice for choice in self._choices if choice.end is None]
+            self._share.give_back(sum(self._limit - len(choice.token_ids) for choice in running), unused=True)
+        self._has_content.set()
+        self._mark()
         self._on_end(self)
-        if end is not None:
-            self._outbox.put(end)
         return True
 
-    def _finish_in_engine(self, reason: FinishReason, choice: _Choice | None = None) -> None:
+    def _finish_in_engine(self, reason: FinishReason, choice: Choice | None = None) -> None:
         """Tell the engine to end a choice at the last token that counts, or all where they stand."""
         if self.engine_id is None:
             return
         if choice is None:
             self._send(Finish(self.engine_id, reason))
         elif not choice.is_confirmed:
-            self._send(Finish(self.engine_id, reason, choice.index, choice.offset))
+            self._send(Finish(self.engine_id, reason, choice.index, len(choice.token_ids)))
 
-    def _allowed(self) -> int | None:
-        """How far each choice may have generated: by the client's credit, and by what is unread."""
+    # How far the engine may generate.
+
+    def _next_limit(self) -> int | None:
+        """How far each choice may have generated: by the client's credit, by what is unread, and by the
+        room in its session.
+        """
         bounds = [] if self._credit is None else [self._credit]
         if self._unread is not None:
             running = [choice.delivered for choice in self._choices if choice.end is None]
             bounds.append(min(running, default=0) + self._unread)
-        return min(bounds, default=None)
+        limit = min(bounds, default=None)
+        if limit is None or self._share is None or self._limit is None:
+            return limit
+        num_running = sum(choice.end is None for choice in self._choices)
+        if limit > self._limit and num_running:
+            wanted = min(limit - self._limit, self._share.chunk)
+            reached = self._limit + self._share.take(wanted, num_running)
+        else:
+            reached = self._limit
+        # More is asked for in good time, unless it waits for room or for credit already.
+        waits = reached >= limit or self._share.is_waiting
+        self._raise_at = math.inf if waits else reached - self._share.chunk // 2
+        return reached
 
     def _raise_limit(self, by_at_least: int) -> None:
         if self.engine_id is None or self.is_ended or self._limit is None:
             return
-        allowed = self._allowed()
-        if allowed is None or allowed <= self._limit:
+        limit = self._next_limit()
+        if limit is None or limit <= self._limit:
             return
-        if allowed >= self._limit + by_at_least or allowed == self._credit:
-            self._limit = allowed
-            self._send(Limit(self.engine_id, allowed))
+        if limit >= self._limit + by_at_least or limit == self._credit:
+            self._limit = limit
+            self._send(Limit(self.engine_id, limit))
+
+    def _ask_for_room(self) -> None:
+        self._raise_limit(by_at_least=1)
+
+    def _held(self, choice: Choice) -> int:
+        """Tokens of a choice that are not acknowledged, or may come without asking again."""
+        reached = len(choice.token_ids)
+        if choice.end is None and not self.is_ended:
+            reached = max(reached, self._limit or 0)
+        return reached - choice.acked
+
+    def _leave_share(self) -> None:
+        if self._share is not None:
+            self._share.leave()
+            self._share = None
 
 
 def _end_of_given(request: Request, stream: TextStream, eos_token_ids: list[int]) -> FinishReason | None:

@@ -17,16 +17,30 @@ import msgspec
 
 from tidegate.engine import failpoints
 from tidegate.engine.client import EngineClient, EngineGone
-from tidegate.engine.messages import Command, Flush, Inspect, Limit, Pause, Profile, Stats, StepOutput, Submit
-from tidegate.engine.request import FinishReason, Request, SamplingParams
+from tidegate.engine.messages import (
+    Command,
+    Flush,
+    Inspect,
+    Limit,
+    Pause,
+    Profile,
+    Release,
+    Stats,
+    StepOutput,
+    Submit,
+)
+from tidegate.engine.request import FinishReason, Parent, Request, SamplingParams
 from tidegate.engine.text import Text
 from tidegate.service.admission import Admission, Ticket
 from tidegate.service.answers import A, Answers
+from tidegate.service.credit import TOKEN_BYTES
 from tidegate.service.errors import Failure, log_unexpected
-from tidegate.service.events import Outbox
+from tidegate.service.events import Finished
 from tidegate.service.generation import Generation
+from tidegate.service.leases import Lease, Leases
 from tidegate.service.observe import Observer
 from tidegate.service.quarantine import Quarantine
+from tidegate.service.remembered import Remembered
 
 RESTART_SECONDS = 5.0
 """After a drain or an engine lost for good: about the time in which a server is up, here or elsewhere."""
@@ -66,6 +80,8 @@ class Hub:
         """All that are under way, by tenant and request id."""
         self._submitted: dict[str, Generation] = {}
         """Those that the engine knows, by its own ids. What it says of others comes too late."""
+        self._remembered = Remembered()
+        self.leases = Leases(engine.info, self._send)
         self._tickets: dict[Generation, Ticket] = {}
         """Of all that are under way."""
         self._engine_ids = (f"r{number}" for number in itertools.count())
@@ -79,37 +95,45 @@ class Hub:
         self,
         request_id: str,
         tenant: str,
-        outbox: Outbox,
         *,
         num_choices: int,
         credit: int | None,
         unread: int | None,
         time_limit: float | None,
+        digest: bytes = b"",
+        token_bytes: int = TOKEN_BYTES,
+        with_prompt: bool = False,
+        lease_seconds: float | None = None,
     ) -> Generation:
-        """Register a request whose content is still to come.
+        """Register a request whose content is still to come; the arguments are those of ``Generation``.
 
-        Raises ``Failure``: DRAINING, ENGINE_RESTARTING, REQUEST_ID_IN_USE, and those of ``Admission.enter``.
+        Raises ``Failure``: DRAINING, ENGINE_RESTARTING, REQUEST_ID_IN_USE, LEASES_FULL, and those of
+        ``Admission.enter``.
         """
         if self._is_gone:
             raise _engine_gone()
         if self.is_draining:
             raise draining()
-        key = (tenant, request_id)
-        if key in self._generations:
-            raise Failure("REQUEST_ID_IN_USE", "a request with this id is under way")
+        if self.known(tenant, request_id) is not None:
+            raise Failure("REQUEST_ID_IN_USE", "another request has this id")
+        if lease_seconds is not None:
+            self.leases.check(tenant)
         ticket = self.admission.enter(tenant)
         generation = Generation(
             request_id,
             tenant,
-            outbox,
             num_choices=num_choices,
             credit=credit,
             unread=unread,
             time_limit=time_limit,
             send=self._send,
-            on_end=self._forget,
+            on_end=self._ended,
+            digest=digest,
+            token_bytes=token_bytes,
+            with_prompt=with_prompt,
+            lease_seconds=lease_seconds,
         )
-        self._generations[key] = generation
+        self._generations[tenant, request_id] = generation
         self._tickets[generation] = ticket
         self._idle.clear()
         self.observer.on_open(generation)
@@ -124,6 +148,7 @@ class Hub:
         output_token_ids: list[int],
         sample_index: int,
         priority: int,
+        parent: Parent | None = None,
     ) -> None:
         """Give a registered request its content and pass it to the engine, unless it has ended since.
 
@@ -152,6 +177,8 @@ class Hub:
             priority=priority,
             deadline=generation.deadline,
             output_token_ids=output_token_ids,
+            parent=parent,
+            is_leased=generation.lease_seconds is not None,
         )
         generation.prepare(request, self._text, self.admission.waiting - 1, self.info.eos_token_ids)
         if generation.is_ended:
@@ -177,11 +204,35 @@ class Hub:
         self._send(Pause(is_on))
 
     def find(self, tenant: str, request_id: str) -> Generation | None:
+        """The request with this id that is under way."""
         return self._generations.get((tenant, request_id))
 
     def submitted(self, engine_id: str) -> Generation | None:
         """The request that the engine knows by this id."""
         return self._submitted.get(engine_id)
+
+    def known(self, tenant: str, request_id: str) -> Generation | None:
+        """The request with this id: under way, or finished and not forgotten yet."""
+        return self.find(tenant, request_id) or self._remembered.find(tenant, request_id)
+
+    def parent(self, tenant: str, request_id: str) -> Generation | Lease:
+        """What a request may go on from: a request under way, or the lease of one that has ended.
+
+        Raises ``Failure``: PARENT_GONE.
+        """
+        found = self.find(tenant, request_id) or self.leases.use(tenant, request_id)
+        if found is None:
+            raise Failure("PARENT_GONE", "the parent is unknown, or its lease is over")
+        return found
+
+    def forget(self, generation: Generation) -> None:
+        """The client holds all of an ended request."""
+        self._remembered.forget(generation)
+
+    def close(self) -> None:
+        """Let go of what would outlive the server's last stream."""
+        self._remembered.close()
+        self.leases.close()
 
     def __iter__(self) -> Iterator[Generation]:
         """All requests that are under way."""
@@ -314,13 +365,20 @@ class Hub:
             # The reader meets the same end, and there every request is told.
             return
 
-    def _forget(self, generation: Generation) -> None:
+    def _ended(self, generation: Generation) -> None:
         del self._generations[generation.tenant, generation.request_id]
         self.admission.end(self._tickets.pop(generation))
         self.observer.on_end(generation)
         if generation.engine_id is not None:
             del self._submitted[generation.engine_id]
             self._quarantine.forget(generation.engine_id)
+        if isinstance(generation.end, Finished):
+            self.leases.keep(generation)
+            generation.shed()
+            if generation.digest:
+                self._remembered.add(generation)
+        elif generation.engine_id is not None and generation.lease_seconds is not None:
+            self._send(Release([generation.engine_id]))
         if not self._generations:
             self._idle.set()
 

@@ -8,9 +8,9 @@ import grpc.aio
 from tidegate.engine.text import Text
 from tidegate.service import convert, events
 from tidegate.service.call import open_call, stream_call
-from tidegate.service.events import Outbox
+from tidegate.service.delivery import Delivery
 from tidegate.service.intake import Intake
-from tidegate.service.session import Sessions
+from tidegate.service.sessions import Sessions
 from tidegate.v1 import inference_pb2, inference_pb2_grpc, session_pb2
 
 
@@ -38,7 +38,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         async with contextlib.aclosing(call):
             async for event in call:
                 # A refusal is raised before anything was written: it goes out without headers.
-                yield _response(event, request.return_prompt_token_ids)
+                yield _response(event)
 
     async def GenerateUnary(
         self,
@@ -46,11 +46,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         context: "grpc.aio.ServicerContext[inference_pb2.GenerateUnaryRequest, "
         "inference_pb2.GenerateUnaryResponse]",
     ) -> inference_pb2.GenerateUnaryResponse:
-        outbox = Outbox()
-        generation = open_call(self._intake, request, outbox, unread=None, remaining=context.time_remaining())
+        delivery = Delivery()
+        generation = open_call(
+            self._intake, request, delivery, unread=None, remaining=context.time_remaining()
+        )
         try:
             await self._intake.submit(generation, request)
-            return await _collect(outbox, request.return_prompt_token_ids)
+            return await _collect(delivery)
         finally:
             generation.abandon()
 
@@ -76,12 +78,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return inference_pb2.CountTokensResponse(tokens=len(await self._intake.token_ids(request.prompt)))
 
 
-def _response(event: events.Notice | list[events.Delta], with_prompt: bool) -> inference_pb2.GenerateResponse:
+def _response(event: events.Event) -> inference_pb2.GenerateResponse:
     match event:
         case list():
             return inference_pb2.GenerateResponse(batch=convert.batch(event))
         case events.Admitted():
-            return inference_pb2.GenerateResponse(admitted=convert.admitted(event, with_prompt))
+            return inference_pb2.GenerateResponse(admitted=convert.admitted(event))
         case events.Progress():
             return inference_pb2.GenerateResponse(progress=convert.progress(event))
         case events.Finished():
@@ -90,20 +92,21 @@ def _response(event: events.Notice | list[events.Delta], with_prompt: bool) -> i
             raise TypeError(f"{type(event).__name__} is an event of sessions")
 
 
-async def _collect(outbox: Outbox, with_prompt: bool) -> inference_pb2.GenerateUnaryResponse:
+async def _collect(delivery: Delivery) -> inference_pb2.GenerateUnaryResponse:
     """Everything until the end, as one answer. Raises the failure of ``Failed``."""
     response = inference_pb2.GenerateUnaryResponse()
     whole: dict[int, events.Delta] = {}
     while True:
-        for event in await outbox.take():
+        for event in await delivery.take():
             match event:
-                case events.Delta():
-                    if event.choice in whole:
-                        whole[event.choice].absorb(event)
-                    else:
-                        whole[event.choice] = event
+                case list():
+                    for delta in event:
+                        if delta.choice in whole:
+                            whole[delta.choice].absorb(delta)
+                        else:
+                            whole[delta.choice] = delta
                 case events.Admitted():
-                    response.admitted.CopyFrom(convert.admitted(event, with_prompt))
+                    response.admitted.CopyFrom(convert.admitted(event))
                 case events.Finished():
                     response.finished.CopyFrom(convert.finished(event))
                     response.completions.extend(

@@ -1,16 +1,19 @@
 """From a message to a request: what is wrong with it (all at once), its token ids, its parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 
 from tidegate.engine.request import MAX_CHOICES, InvalidRequest, SamplingParams, Violation
 from tidegate.engine.text import Text
+from tidegate.service.credit import token_bytes
 from tidegate.service.errors import Failure, log_unexpected
-from tidegate.service.events import Outbox
 from tidegate.service.generation import Generation
 from tidegate.service.hub import Hub
 from tidegate.service.identity import caller
+from tidegate.service.leases import LONGEST_LEASE, Origin, Stem
 from tidegate.v1 import inference_pb2, prompt_pb2, sampling_pb2, session_pb2
 
 MAX_REQUEST_ID_CHARS = 256
@@ -61,15 +64,16 @@ class Intake:
         self,
         request_id: str,
         message: RequestMessage,
-        outbox: Outbox,
         *,
         credit: int | None,
         unread: int | None,
         time_limit: float | None = None,
+        digest: bytes = b"",
     ) -> Generation:
-        """Register the request; its events go to ``outbox``. Raises ``Failure`` where it is refused at once.
+        """Register the request. Raises ``Failure`` where it is refused at once.
 
-        ``time_limit``: seconds that the RPC leaves, beside the message's own limit.
+        ``time_limit``: seconds that the RPC leaves, beside the message's own limit. ``digest``: of the
+        content, where it is to be found again behind its end.
         """
         self.check_model(message)
         if not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS:
@@ -78,29 +82,40 @@ class Intake:
         limits = [] if time_limit is None else [time_limit]
         if (limit := seconds(message.time_limit)) > 0:
             limits.append(limit)
+        sampling = message.sampling
         return self._hub.open(
             request_id,
             caller().tenant,
-            outbox,
-            num_choices=min(max(message.sampling.n, 1), MAX_CHOICES),
+            num_choices=min(max(sampling.n, 1), MAX_CHOICES),
             credit=credit,
             unread=unread,
             time_limit=min(limits, default=None),
+            digest=digest,
+            token_bytes=token_bytes(sampling.logprobs if sampling.HasField("logprobs") else None),
+            with_prompt=message.return_prompt_token_ids,
+            lease_seconds=seconds(message.lease.time_to_live) if message.HasField("lease") else None,
         )
 
-    async def submit(self, generation: Generation, message: RequestMessage) -> None:
-        """Read the content of an open request and pass it on; what is wrong with it ends the request."""
+    async def submit(
+        self, generation: Generation, message: RequestMessage, origin: Origin | None = None
+    ) -> None:
+        """Read the content of an open request and pass it on; what is wrong with it ends the request.
+
+        ``origin``: what the message's prompt goes behind.
+        """
         try:
             violations = self._violations(message)
             prompt_token_ids: list[int] = []
+            stem = None if origin is None else await origin.stem()
             try:
-                prompt_token_ids = await self._read_prompt(message.prompt)
+                prompt_token_ids = await self._read_prompt(message.prompt, stem)
             except InvalidRequest as invalid:
                 violations += invalid.violations
             else:
                 violations += self._misfits(message, len(prompt_token_ids))
             if violations:
-                raise Failure.invalid(violations)
+                raise Failure.invalid(violations if origin is None else _of_input(violations))
+            generation.conversation = _conversation_behind(message.prompt, stem, self._text)
             self._hub.submit(
                 generation,
                 prompt_token_ids,
@@ -108,12 +123,39 @@ class Intake:
                 output_token_ids=list(message.generated_token_ids),
                 sample_index=message.sample_index,
                 priority=message.priority,
+                parent=None if stem is None else stem.parent,
             )
         except Failure as failure:
             generation.fail(failure)
         except Exception as error:  # noqa: BLE001  a session has no other place where this would be seen
             log_unexpected("a request could not be read", error, request_id=generation.request_id)
             generation.fail(Failure.internal())
+
+    async def update(self, generation: Generation, message: session_pb2.Update) -> None:
+        """Change a running request. Raises ``Failure``: REQUEST_GONE, or what is wrong with the message."""
+        await generation.has_content()
+        params = generation.params
+        if generation.is_ended or params is None:
+            raise Failure("REQUEST_GONE", "no request with this id is under way in this session")
+        found: list[Violation] = []
+        max_tokens = message.max_tokens if message.HasField("max_tokens") else None
+        if max_tokens is not None:
+            if params.max_tokens is None or max_tokens < params.max_tokens:
+                found.append(Violation("max_tokens", "can only grow"))
+            elif len(generation.prompt_token_ids) + max_tokens > self._hub.info.max_model_len:
+                longest = self._hub.info.max_model_len
+                found.append(Violation("max_tokens", f"with the prompt exceeds the limit of {longest}"))
+        stops = None
+        if message.HasField("stops"):
+            stops = (tuple(message.stops.stop), tuple(message.stops.stop_token_ids))
+            found += self._unknown_ids("stops.stop_token_ids", stops[1])
+        if found:
+            raise Failure.invalid(found)
+        try:
+            generation.update(max_tokens, stops)
+        except InvalidRequest as invalid:
+            found = [Violation(f"stops.{v.field}", v.description) for v in invalid.violations]
+            raise Failure.invalid(found) from invalid
 
     def check_model(
         self,
@@ -136,13 +178,21 @@ class Intake:
         if violations := self._unknown_ids(field, token_ids):
             raise Failure.invalid(violations)
 
-    async def _read_prompt(self, prompt: prompt_pb2.Prompt) -> list[int]:
-        """Raises ``InvalidRequest`` with the paths of the message, or ``Failure``."""
+    async def _read_prompt(self, prompt: prompt_pb2.Prompt, stem: Stem | None = None) -> list[int]:
+        """With what stands before it.
+
+        Raises ``InvalidRequest`` with the paths of the message, or ``Failure``.
+        """
+        before = [] if stem is None else stem.token_ids
         match prompt.WhichOneof("content"):
             case "text":
                 _check_length("prompt.text", len(prompt.text))
                 try:
-                    return await self._text.encode_async(prompt.text)
+                    # What opens a text stands at its beginning alone.
+                    return [
+                        *before,
+                        *await self._text.encode_async(prompt.text, add_special_tokens=not before),
+                    ]
                 except InvalidRequest as invalid:
                     raise _at("prompt.text", "prompt", invalid) from invalid
             case "token_ids":
@@ -150,13 +200,15 @@ class Intake:
                 violations = self._unknown_ids("prompt.token_ids.ids", ids)
                 if violations:
                     raise InvalidRequest(violations)
-                return ids
+                return [*before, *ids]
             case "chat":
-                return await self._render(prompt.chat)
+                return await self._render(prompt.chat, stem)
+            case None if before:
+                return before
             case _:
                 raise InvalidRequest([Violation("prompt", "must hold text, token_ids or chat")])
 
-    async def _render(self, chat: prompt_pb2.Chat) -> list[int]:
+    async def _render(self, chat: prompt_pb2.Chat, stem: Stem | None) -> list[int]:
         if not self._text.has_chat_template:
             raise Failure("NO_CHAT_TEMPLATE", "this model has no chat template: send text or token ids")
         num_parts = len(chat.messages)
@@ -177,13 +229,14 @@ class Intake:
             len(message.role) + sum(len(part.text) for part in message.content) for message in chat.messages
         )
         _check_length("prompt.chat.messages", num_chars)
-        conversation = [
-            {"role": message.role, "content": "".join(part.text for part in message.content)}
-            for message in chat.messages
-        ]
+        messages = conversation(chat)
         add_generation_prompt = chat.add_generation_prompt or not chat.HasField("add_generation_prompt")
         try:
-            return await self._text.render_chat_async(conversation, add_generation_prompt)
+            if stem is None:
+                return await self._text.render_chat_async(messages, add_generation_prompt)
+            return await self._text.continue_chat_async(
+                stem.token_ids, stem.num_prompt, stem.conversation, messages, add_generation_prompt
+            )
         except InvalidRequest as invalid:
             raise _at("prompt.chat.messages", "messages", invalid) from invalid
 
@@ -200,8 +253,9 @@ class Intake:
             found.append(Violation("generated_token_ids", "must not be more than sampling.max_tokens"))
         if message.HasField("time_limit") and seconds(message.time_limit) <= 0:
             found.append(Violation("time_limit", "must be positive"))
-        if message.HasField("lease"):
-            found.append(Violation("lease", "not supported yet"))
+        if message.HasField("lease") and not 0 < seconds(message.lease.time_to_live) <= LONGEST_LEASE:
+            longest = f"must be positive and at most {LONGEST_LEASE:.0f} seconds"
+            found.append(Violation("lease.time_to_live", longest))
         return found
 
     def _misfits(self, message: RequestMessage, prompt_tokens: int) -> list[Violation]:
@@ -228,6 +282,52 @@ class Intake:
             if token_id >= vocab_size:
                 return [Violation(f"{field}[{index}]", f"must be below the vocabulary's size, {vocab_size}")]
         return []
+
+
+def conversation(chat: prompt_pb2.Chat) -> list[Mapping[str, str]]:
+    return [
+        {"role": message.role, "content": "".join(part.text for part in message.content)}
+        for message in chat.messages
+    ]
+
+
+def _conversation_behind(
+    prompt: prompt_pb2.Prompt, stem: Stem | None, text: Text
+) -> list[Mapping[str, str]] | None:
+    """The whole chat that a prompt stands for; None where it is no chat from its beginning on."""
+    if prompt.WhichOneof("content") != "chat":
+        return None
+    messages = conversation(prompt.chat)
+    if stem is None:
+        return messages
+    if stem.conversation is None:
+        return None
+    answer = text.decode(stem.token_ids[stem.num_prompt :])
+    return [*stem.conversation, {"role": "assistant", "content": answer}, *messages]
+
+
+def digest(*parts: Message) -> bytes:
+    """Stands for the content of a request, which is all but credit and time limit."""
+    content = blake2b(digest_size=16)
+    for part in parts:
+        copy = type(part)()
+        copy.CopyFrom(part)
+        for field in ("credit", "time_limit"):
+            if field in part.DESCRIPTOR.fields_by_name:
+                copy.ClearField(field)
+        data = copy.SerializeToString(deterministic=True)
+        content.update(b"%s %d " % (part.DESCRIPTOR.name.encode(), len(data)) + data)
+    return content.digest()
+
+
+def _of_input(violations: list[Violation]) -> list[Violation]:
+    """Those of a prompt, of a message that calls it ``input``."""
+    return [
+        Violation("input" + v.field.removeprefix("prompt"), v.description)
+        if v.field.startswith("prompt")
+        else v
+        for v in violations
+    ]
 
 
 def _check_length(path: str, num_chars: int) -> None:

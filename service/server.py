@@ -46,7 +46,8 @@ from tidegate.service.logging import RequestLog
 from tidegate.service.metrics import Metrics
 from tidegate.service.observe import Observer, Observers, Tracer
 from tidegate.service.security import Security, SecurityConfig, load_security
-from tidegate.service.session import SessionLimits, Sessions
+from tidegate.service.session_limits import SessionLimits
+from tidegate.service.sessions import Sessions
 from tidegate.service.supervisor import Supervisor
 from tidegate.v1 import admin_pb2_grpc, control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -252,6 +253,7 @@ class Server:
             await side_server.stop(SIDE_STOP_SECONDS)
         self.engine_ended.cancel()
         await asyncio.wait({self.engine_ended})
+        self._hub.close()
         self._ports.close()
 
 

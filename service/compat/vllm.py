@@ -22,7 +22,7 @@ from tidegate.engine.messages import PositionLogprobs
 from tidegate.engine.request import FinishReason, Violation
 from tidegate.service.call import stream_call
 from tidegate.service.errors import Failure
-from tidegate.service.events import Admitted, ChoiceEnd, Delta, Finished, Notice
+from tidegate.service.events import Admitted, ChoiceEnd, Delta, Event, Finished
 from tidegate.service.hub import Hub
 from tidegate.service.identity import caller
 from tidegate.service.intake import Intake
@@ -211,13 +211,11 @@ class _Answer:
         self._cached_tokens = 0
         self._outputs: dict[int, Delta] = {}
 
-    async def responses(
-        self, call: AsyncIterator[Notice | list[Delta]]
-    ) -> AsyncGenerator[engine_pb2.GenerateResponse]:
+    async def responses(self, call: AsyncIterator[Event]) -> AsyncGenerator[engine_pb2.GenerateResponse]:
         async for event in call:
             match event:
                 case Admitted():
-                    self._prompt_tokens = len(event.prompt_token_ids)
+                    self._prompt_tokens = event.prompt_tokens
                     self._cached_tokens = event.cached_device_tokens + event.cached_host_tokens
                 case list():
                     for delta in event:

@@ -32,7 +32,7 @@ from wire_clients import (
 from tidegate.service.admission import MEMORY_LIMIT, RETRY_SECONDS, AdmissionLimits
 from tidegate.service.security import SecurityConfig, load_security
 from tidegate.service.server import MAX_MESSAGE_BYTES
-from tidegate.service.session import SessionLimits
+from tidegate.service.session_limits import SessionLimits
 
 Start = Callable[..., Any]
 Connect = Callable[[Front], WireClient]

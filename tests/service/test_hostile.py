@@ -16,8 +16,9 @@ from tidegate.engine.messages import Finished as EngineFinished
 from tidegate.engine.messages import Timings, Usage
 from tidegate.engine.request import FinishReason, Request, SamplingParams
 from tidegate.service.addresses import check_address
+from tidegate.service.delivery import Delivery
 from tidegate.service.errors import MAX_VIOLATIONS
-from tidegate.service.events import Failed, Outbox
+from tidegate.service.events import Failed
 from tidegate.service.generation import Generation
 from tidegate.service.server import STOP_SECONDS, ServerConfig
 from tidegate.service.session import UNREAD_REFUSALS
@@ -149,11 +150,10 @@ async def test_watchers_are_told_of_the_stop_and_do_not_delay_it(front: Front) -
 
 async def test_nothing_comes_behind_the_failure_of_one_choice() -> None:
     """Another choice that ends in the same step has no more to say."""
-    outbox = Outbox()
+    delivery = Delivery()
     generation = Generation(
         "r",
         "local",
-        outbox,
         num_choices=2,
         credit=None,
         unread=None,
@@ -162,12 +162,13 @@ async def test_nothing_comes_behind_the_failure_of_one_choice() -> None:
         on_end=lambda ended: None,
     )
     request = Request(id="e", prompt_token_ids=[1], params=SamplingParams(n=2), seed=0)
+    generation.join(None, delivery, None)
     generation.prepare(request, byte_text(), 0, [])
     for choice, reason in enumerate((FinishReason.ERROR, FinishReason.CONTEXT_LENGTH)):
         usage, timings = Usage(1, 0, 0, 0, 0), Timings(0.0, None, 0.0)
         generation.on_choice_end(EngineFinished("e", choice, reason, usage, timings, "NONFINITE_LOGITS"))
     generation.finish_if_confirmed()
-    (event,) = await outbox.take()
+    (event,) = await delivery.take()
     assert isinstance(event, Failed)
 
 

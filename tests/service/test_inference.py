@@ -19,7 +19,7 @@ from tidegate.service.call import UNREAD_TOKENS
 from tidegate.service.errors import CODES
 from tidegate.service.intake import MAX_PROMPT_CHARS
 from tidegate.service.server import MAX_MESSAGE_BYTES
-from tidegate.service.session import SessionLimits
+from tidegate.service.session_limits import SessionLimits
 from tidegate.v1 import events_pb2, inference_pb2, inference_pb2_grpc
 
 Start = Callable[..., Any]
@@ -196,7 +196,7 @@ async def test_all_violations_are_told_at_once_with_their_paths(front: Front) ->
                     "prompt_logprobs": 0,
                     "structured_output": {"regex": "a"},
                 },
-                lease={"time_to_live": Duration(seconds=5)},
+                lease={"time_to_live": Duration(seconds=-5)},
                 time_limit=Duration(seconds=-1),
             )
         )
@@ -213,7 +213,7 @@ async def test_all_violations_are_told_at_once_with_their_paths(front: Front) ->
         "sampling.logit_bias",
         "sampling.prompt_logprobs",
         "sampling.structured_output",
-        "lease",
+        "lease.time_to_live",
         "time_limit",
     }
     assert refusal.trailers["grpc-retry-pushback-ms"] == "-1"

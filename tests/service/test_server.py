@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tidegate.engine.client import EngineGone
 from tidegate.engine.config import ConfigError, EngineConfig
 from tidegate.service.server import ServerConfig, start_server
-from tidegate.v1 import control_pb2, inference_pb2
+from tidegate.v1 import control_pb2, inference_pb2, session_pb2
 
 Start = Callable[..., Any]
 
@@ -174,7 +174,9 @@ async def test_drain_finishes_what_runs_and_refuses_what_is_new(start_front: Sta
     await session.send(start={"request_id": "late", "prompt": {"text": "x"}})
     error = (await session.next("request_error")).request_error
     assert (error.request_id, read_status(error.status).reason) == ("late", "DRAINING")
-    assert (await refusal_of(front.inference.Session())).reason == "DRAINING"
+    late = front.inference.Session()
+    await late.write(session_pb2.SessionRequest(open={}))
+    assert (await refusal_of(late)).reason == "DRAINING"
 
     assert [r.WhichOneof("event") async for r in stream][-1] == "finished"
     with pytest.raises(grpc.aio.AioRpcError) as ended:

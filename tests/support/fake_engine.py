@@ -4,8 +4,10 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
+import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tidegate.engine.client import EndingQueue, EngineGone
@@ -30,12 +32,14 @@ from tidegate.engine.messages import (
     Progress,
     ProgressKind,
     Refused,
+    Release,
     SequenceView,
     Stats,
     StepOutput,
     Submit,
     TierStats,
     Timings,
+    Update,
     Usage,
 )
 from tidegate.engine.request import FinishReason, Request, Violation
@@ -235,6 +239,16 @@ class FakeEngine:
                 output.profiled = Profiled(f"/traces/{command.steps}")
             case Inspect():
                 output.inspection = self._inspection(command.max_sequences)
+            case Update():
+                for request in self._requests(command.request_id):
+                    changes: dict[str, Any] = {}
+                    if command.max_tokens is not None:
+                        changes["max_tokens"] = command.max_tokens
+                    if command.stop_token_ids is not None:
+                        changes["stop_token_ids"] = command.stop_token_ids
+                    request.params = msgspec.structs.replace(request.params, **changes)
+            case Release():
+                pass  # it keeps nothing
 
     def _requests(self, request_id: str) -> list[Request]:
         known = [*self.waiting, *(choice.request for choice in self.running)]

@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from tidegate.engine.text import Text
 from tidegate.service.admission import AdmissionLimits
 from tidegate.service.server import Server, start_server
-from tidegate.service.session import SessionLimits
+from tidegate.service.session_limits import SessionLimits
 from tidegate.v1 import control_pb2_grpc, inference_pb2_grpc, session_pb2
 
 SECONDS = 30.0

@@ -96,14 +96,24 @@ class Session:
 
     async def _read(self) -> None:
         while isinstance(response := await self.call.read(), session_pb2.SessionResponse):
-            self._take(response)
+            await self._take(response)
         assert await self.call.code() == grpc.StatusCode.OK
 
-    def _take(self, response: session_pb2.SessionResponse) -> None:
+    async def _ack(self, batch: events_pb2.Batch) -> None:
+        """What arrived is held."""
+        acks = [
+            {"request_id": d.request_id, "choice": d.choice, "upto": d.offset + len(d.token_ids)}
+            for d in batch.deltas
+        ]
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await self.send(commands={"commands": [{"ack": ack} for ack in acks]})
+
+    async def _take(self, response: session_pb2.SessionResponse) -> None:
         match response.WhichOneof("event"):
             case "batch":
                 for delta in response.batch.deltas:
                     self.requests[delta.request_id].on_delta(delta)
+                await self._ack(response.batch)
             case "progress":
                 self.requests[response.progress.request_id].on_progress(response.progress)
             case "finished":

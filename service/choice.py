@@ -1,0 +1,227 @@
+"""The output of one choice: its log, and what of it the client's stream still has to be given.
+
+Output offsets, as half-open intervals::
+
+    [0, num_given)       came with the request
+    [0, acked)           held by the client: never sent again
+    [0, sent)            given to the stream
+    [0, len(token_ids))  computed, and counts
+
+Text is not kept. What a healthy stream takes at once is made when the tokens arrive, since stop strings
+have to be found then; for a stream that is behind, or that comes back, it is made again from the tokens,
+and is the same: the text up to an offset depends on the tokens up to there alone.
+"""
+
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from tidegate.engine.messages import PositionLogprobs
+from tidegate.engine.request import FinishReason, SamplingParams
+from tidegate.engine.text import Text, TextDelta, TextStream
+from tidegate.service.events import ChoiceEnd, Delta, Progress
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(PositionLogprobs).decode
+
+
+class _StopChange(NamedTuple):
+    """From this output offset on, other stop strings hold."""
+
+    at_offset: int
+    stops: tuple[str, ...]
+
+
+class Choice:
+    """One choice's log and its place in it."""
+
+    __slots__ = (
+        "_changes",
+        "_end_is_sent",
+        "_logprobs",
+        "_logprobs_from",
+        "_params",
+        "_progress",
+        "_replay",
+        "_text",
+        "_waiting_text",
+        "acked",
+        "delivered",
+        "end",
+        "index",
+        "is_confirmed",
+        "num_given",
+        "request_id",
+        "sent",
+        "stream",
+        "token_ids",
+    )
+
+    def __init__(
+        self, request_id: str, index: int, text: Text, params: SamplingParams, given: Sequence[int]
+    ) -> None:
+        """``given``: output that the request brought along, for its one choice."""
+        self.request_id = request_id
+        self.index = index
+        self.token_ids: array[int] = array("I", given)
+        self.num_given = len(given)
+        self.sent = self.acked = self.num_given
+        self.delivered = self.num_given
+        """Output tokens [0, delivered) were written to the stream."""
+        self.stream = TextStream(text, params)
+        self.stream.push(given)
+        self.end: ChoiceEnd | None = None
+        self.is_confirmed = False
+        """Whether the engine said that it holds nothing of this choice any more."""
+        self._text = text
+        self._params = params
+        self._changes: list[_StopChange] = []
+        self._waiting_text: str | None = ""
+        """Of [sent, end), where nothing was dropped; None: to be made again."""
+        self._replay: TextStream | None = None
+        """Stands at ``sent`` while text is made again."""
+        self._logprobs: list[bytes] = []
+        self._logprobs_from = self.num_given
+        self._progress: list[tuple[int, Progress]] = []
+        self._end_is_sent = False
+
+    # What arrives.
+
+    def push(
+        self,
+        token_ids: list[int],
+        logprobs: list[PositionLogprobs] | None,
+        reason: FinishReason | None,
+        keep_text: bool,
+    ) -> TextDelta:
+        """Take the next tokens; ``reason``, where the engine ended the choice behind them.
+
+        ``keep_text``: there is a stream that will soon ask for it.
+        """
+        added = self.stream.push(token_ids, reason)
+        if added.num_tokens < len(token_ids):
+            token_ids = token_ids[: added.num_tokens]
+        self.token_ids.extend(token_ids)
+        if logprobs:
+            self._logprobs += map(_pack, logprobs[: added.num_tokens])
+        self._add_text(added.text, keep_text)
+        return added
+
+    def flush(self, keep_text: bool) -> str:
+        """The choice ends without more tokens: what was held back is text now."""
+        text = self.stream.flush()
+        self._add_text(text, keep_text)
+        return text
+
+    def note(self, progress: Progress) -> None:
+        self._progress.append((len(self.token_ids), progress))
+
+    def change_stops(self, stops: tuple[str, ...]) -> None:
+        """Other stop strings, from the next token on."""
+        self._changes.append(_StopChange(len(self.token_ids), stops))
+        self._add_text(self.stream.change_stops(stops), keep_text=True)
+
+    # What leaves.
+
+    @property
+    def has_news(self) -> bool:
+        return (
+            self.sent < len(self.token_ids)
+            or bool(self._waiting_text)
+            or (self.end is not None and not self._end_is_sent)
+            or bool(self._progress)
+        )
+
+    def take(self, room: int) -> Delta | None:
+        """What is new, as far as there is room for it; None where nothing is."""
+        if self._params.logprobs:
+            room = max(1, room // (1 + self._params.logprobs))
+        start, stop = self.sent, len(self.token_ids)
+        ends = self.end is not None and not self._end_is_sent
+        if stop - start > room:
+            self.forget_text()
+            stop, ends = start + room, False
+        elif start == stop and not ends and not self._waiting_text:
+            return None
+        token_ids = self.token_ids[start:stop]
+        reason = self.end.reason if ends and self.end is not None else None
+        text = self._take_text(token_ids, reason)
+        self.sent = stop
+        self._end_is_sent = self._end_is_sent or ends
+        logprobs = None
+        if self._logprobs:
+            offset = self._logprobs_from
+            logprobs = [_unpack(packed) for packed in self._logprobs[start - offset : stop - offset]]
+        return Delta(self.request_id, self.index, start, token_ids, text, logprobs, reason)
+
+    def take_progress(self) -> tuple[list[Progress], list[Progress]]:
+        """What happened before the next token that the stream gets, and what happened behind it."""
+        if not self._progress:
+            return [], []
+        before = [progress for offset, progress in self._progress if offset <= self.sent]
+        behind = [progress for offset, progress in self._progress if offset > self.sent]
+        self._progress.clear()
+        return before, behind
+
+    def ack(self, upto: int) -> int:
+        """The client holds the tokens before this offset; how many of them it had not acknowledged."""
+        upto = min(upto, self.sent)
+        if upto <= self.acked:
+            return 0
+        newly, self.acked = upto - self.acked, upto
+        del self._logprobs[: upto - self._logprobs_from]
+        self._logprobs_from = max(self._logprobs_from, upto)
+        return newly
+
+    def rewind(self, next_offset: int | None) -> None:
+        """Another stream asks for everything from this offset on; None: from the last ``Ack``."""
+        offset = self.acked if next_offset is None else min(max(next_offset, self.acked), len(self.token_ids))
+        self.sent = self.delivered = offset
+        self._end_is_sent = False
+        self.forget_text()
+
+    def forget_text(self) -> None:
+        """Make the text from here on again when it is asked for."""
+        self._waiting_text = None
+
+    @property
+    def waiting_chars(self) -> int:
+        return len(self._waiting_text or "")
+
+    # Inside.
+
+    def _add_text(self, text: str, keep_text: bool) -> None:
+        if not keep_text:
+            self.forget_text()
+        elif self._waiting_text is not None:
+            self._waiting_text += text
+
+    def _take_text(self, token_ids: Sequence[int], reason: FinishReason | None) -> str:
+        """The text of the tokens from ``sent`` on; with a reason, of all that was held back, too."""
+        if self._waiting_text is not None:
+            text, self._waiting_text = self._waiting_text, ""
+            self._replay = None
+            return text
+        if self._replay is None or self._replay.num_tokens != self.sent:
+            self._replay = TextStream(self._text, self._params)
+            self._retrace(self._replay, 0, self.token_ids[: self.sent])
+        text = self._retrace(self._replay, self.sent, token_ids, reason)
+        if self.sent + len(token_ids) == len(self.token_ids):
+            self._waiting_text, self._replay = "", None
+        return text
+
+    def _retrace(
+        self, stream: TextStream, start: int, token_ids: Sequence[int], reason: FinishReason | None = None
+    ) -> str:
+        """Push tokens that stand at ``start``, with the stop strings that held there."""
+        parts, stop = [], start + len(token_ids)
+        at = start
+        for change in self._changes:
+            if start <= change.at_offset < stop or (change.at_offset == stop and reason is not None):
+                parts.append(stream.push(token_ids[at - start : change.at_offset - start]).text)
+                parts.append(stream.change_stops(change.stops))
+                at = change.at_offset
+        parts.append(stream.push(token_ids[at - start :], reason).text)
+        return "".join(parts)
