@@ -86,7 +86,10 @@ def served(folder: Path, *arguments: str, failpoints: str = "") -> Iterator[Serv
 async def load_when(
     channel: grpc.aio.Channel, holds: Callable[[Load, Totals], bool], seconds: float = 120.0
 ) -> tuple[Load, Totals]:
-    """What ``WatchLoad`` says as soon as ``holds`` is true of it: a lost session is kept for half a minute."""
+    """What ``WatchLoad`` says as soon as ``holds`` is true of it.
+
+    Requests of a session that was lost are kept for half a minute.
+    """
     control = control_pb2_grpc.ControlServiceStub(channel)
     request = control_pb2.WatchLoadRequest()
     request.min_interval.FromMilliseconds(round(LOAD_INTERVAL * 1000))
