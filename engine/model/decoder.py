@@ -16,6 +16,7 @@ from tidegate.engine.memory.layout import BlockLayout
 from tidegate.engine.model.config import ModelConfig
 from tidegate.engine.model.linear import Projection
 from tidegate.engine.model.operations import choose_operations
+from tidegate.engine.model.threads import available_cores, threads_for
 from tidegate.kernels.attention import AttentionBatch
 
 
@@ -48,7 +49,8 @@ class Decoder:
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
         self._weights = weights
-        self.operations = choose_operations(config, self.dtype, self.device)
+        self._cores = available_cores()
+        self.operations = choose_operations(config, self.dtype, self.device, self._cores)
 
     def layout(self, block_size: int) -> BlockLayout:
         """The KV blocks that this model reads and writes."""
@@ -69,6 +71,7 @@ class Decoder:
         Only ``sample_rows_R`` (indices into T) pass through what follows the last layer's attention: no
         later token reads the rest.
         """
+        torch.set_num_threads(threads_for(self.config, len(token_ids_T), self._cores))
         weights, operations = self._weights, self.operations
         kv_LNCKBD = pool_NLCKBD.unbind(1)
         attend = operations.attention(batch, kv_LNCKBD[0])

@@ -46,11 +46,13 @@ class Operations(Protocol):
         """Of each row, the lowest id with the best logit, and whether all logits are finite."""
 
 
-def choose_operations(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Operations:
-    """Native kernels where there is a C compiler, and otherwise torch."""
+def choose_operations(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, cores: int
+) -> Operations:
+    """Native kernels where there is a C compiler, and otherwise torch. ``cores`` are those to use."""
     rotary = Rotary(config.rope, config.head_dim, dtype, device)
     try:
-        kernels = NativeKernels(dtype, config.head_dim)
+        kernels = NativeKernels(dtype, config.head_dim, cores)
     except CompilerError as error:
         return TorchOperations(config, rotary, slower_because=str(error))
     return NativeOperations(config, rotary, kernels)

@@ -8,11 +8,9 @@ Shapes: ``S`` chunks of the step, ``T`` their packed tokens, ``R`` chunks that s
 the pool's ``NLCKBD`` stands in ``engine.memory.layout``.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -57,7 +55,6 @@ class ModelRunner:
         depth: int,
         argmax: Argmax = torch_argmax,
     ) -> None:
-        torch.set_num_threads(available_cores())
         self._model = model
         self._pool_NLCKBD = pool_NLCKBD
         self._block_size = layout.block_size
@@ -137,29 +134,3 @@ class ModelRunner:
         # Last: should one of them fail, the step behind this one still writes to its own blocks alone.
         for setup in plan.setups:
             self._sampler.set_row(setup)
-
-
-def available_cores() -> int:
-    """Cores that this process may use: its affinity, without hyperthreads, within the cgroup's quota.
-
-    A second thread on a core makes matrix products no faster, and threads beyond the quota are stopped in
-    the middle of a parallel section while the others wait for them. ``OMP_NUM_THREADS`` overrides.
-    """
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
-    if chosen.isdecimal() and int(chosen) > 0:
-        return int(chosen)
-    cpus = os.sched_getaffinity(0)
-    siblings = {_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus}
-    cores = len(siblings) if None not in siblings else len(cpus)
-    quota, _, period = (_read("/sys/fs/cgroup/cpu.max") or "max").partition(" ")
-    if quota.isdecimal():
-        cores = min(cores, int(quota) // int(period))
-    return max(1, cores)
-
-
-def _read(path: str) -> str | None:
-    """The file's text; None where the kernel does not offer it."""
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return None

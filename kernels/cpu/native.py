@@ -68,9 +68,13 @@ class PagedAttention:
 
 
 class NativeKernels:
-    """For one dtype and head size. Raises ``CompilerError`` where they cannot be had."""
+    """For one dtype and head size, on up to ``num_threads`` threads where there is work for them.
 
-    def __init__(self, dtype: torch.dtype, head_dim: int) -> None:
+    Raises ``CompilerError`` where they cannot be had.
+    """
+
+    def __init__(self, dtype: torch.dtype, head_dim: int, num_threads: int) -> None:
+        self._threads = num_threads
         compiled = compile_kernels({_SCALARS[dtype]: "1", "HEAD_DIM": str(head_dim)})
         self.compile_seconds = compiled.seconds
         try:
@@ -106,7 +110,7 @@ class NativeKernels:
             num_kv_heads=num_kv_heads,
             block_bits=block_size.bit_length() - 1,
             table_width=tables_SM.shape[1],
-            num_threads=torch.get_num_threads(),
+            num_threads=self._threads,
             block_stride=block_stride,
             value_stride=value_stride,
             head_stride=head_stride,
@@ -130,16 +134,14 @@ class NativeKernels:
             delta_TM if delta_TM is None else _address(delta_TM),
             _address(weight_M),
         )
-        self._add_norm(num_tokens, size, torch.get_num_threads(), eps, x, delta, weight, normed_TM.data_ptr())
+        self._add_norm(num_tokens, size, self._threads, eps, x, delta, weight, normed_TM.data_ptr())
         return normed_TM
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         """SiLU of the gate times up, TF."""
         num_tokens, both = gate_up_T2F.shape
         out_TF = gate_up_T2F.new_empty((num_tokens, both // 2))
-        self._silu_mul(
-            num_tokens, both // 2, torch.get_num_threads(), _address(gate_up_T2F), out_TF.data_ptr()
-        )
+        self._silu_mul(num_tokens, both // 2, self._threads, _address(gate_up_T2F), out_TF.data_ptr())
         return out_TF
 
     def argmax(self, logits_RV: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
@@ -149,7 +151,7 @@ class NativeKernels:
         self._argmax(
             rows,
             vocab_size,
-            torch.get_num_threads(),
+            self._threads,
             _address(logits_RV),
             ids_R.ctypes.data,
             finite_R.ctypes.data,

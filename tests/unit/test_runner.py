@@ -1,6 +1,5 @@
 """The step runner: what a sequence gets must not depend on how its steps were cut, batched or overlapped."""
 
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +11,7 @@ from checkpoints import make_checkpoint
 
 from tidegate.engine.memory.layout import BlockLayout
 from tidegate.engine.model.decoder import Decoder
-from tidegate.engine.model.runner import ModelRunner, available_cores
+from tidegate.engine.model.runner import ModelRunner
 from tidegate.engine.model.weights import load_model
 from tidegate.engine.request import SamplingParams
 from tidegate.engine.step import Chunk, RowSetup, StepPlan, StepResult
@@ -307,10 +306,3 @@ def test_close_finishes_the_steps_under_way_and_ends_the_thread(tiny):
     runner.close()
     assert all(handle.done() for handle in handles)
     assert threading.active_count() == before
-
-
-def test_threads_are_as_many_as_asked_for_or_fit_the_machine(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert available_cores() == 3
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert 1 <= available_cores() <= os.cpu_count()

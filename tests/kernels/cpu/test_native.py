@@ -3,8 +3,6 @@
 Shapes as in ``kernels/cpu/native.py``.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -26,26 +24,21 @@ SHAPES += [(5, 5), (64, 64), (7, 50), (33, 97), (2, 129), (100, 260)]
 @pytest.fixture(autouse=True, scope="module")
 def _compiler() -> None:
     try:
-        NativeKernels(torch.float32, 32)
+        NativeKernels(torch.float32, 32, 1)
     except CompilerError as error:
         pytest.skip(f"no native kernels on this machine: {error}")
 
 
-@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+THREADS = pytest.mark.parametrize("threads", [1, 3], ids=["1 thread", "3 threads"])
 
 
-def attend(case: PagedCase, angles_L2F: torch.Tensor | None = None) -> torch.Tensor:
+def attend(case: PagedCase, angles_L2F: torch.Tensor | None = None, threads: int = 1) -> torch.Tensor:
     """What the kernel gives for a case; without angles nothing is turned."""
     num_tokens, num_heads, head_dim = case.query_THD.shape
     if angles_L2F is None:
         angles_L2F = torch.zeros(max(case.context_lens), 2, head_dim // 2)
         angles_L2F[:, 0] = 1
-    kernels = NativeKernels(case.query_THD.dtype, head_dim)
+    kernels = NativeKernels(case.query_THD.dtype, head_dim, threads)
     batch = AttentionBatch.build(
         case.num_decodes, case.query_starts, case.context_lens, case.block_tables_SM, case.kv_NCKBD
     )
@@ -75,16 +68,14 @@ def test_page_size_does_not_matter(block_size, dtype):
     assert max(case.errors(attend(case))) < LIMITS[dtype]
 
 
-def test_order_of_blocks_of_layers_and_of_threads_does_not_matter(threads):
+def test_order_of_blocks_of_layers_and_of_threads_does_not_matter():
     """The same numbers are read in the same order: equal to the bit, in a step that threads share."""
     shapes = [(1, 3000)] * 12 + [(200, 900)]
     plain, *others = (
-        attend(make_case(shapes, head_dim=32, dtype=torch.bfloat16, **layout))
-        for layout in ({}, {"block_seed": 5}, {"layer_major": True})
+        attend(make_case(shapes, head_dim=32, dtype=torch.bfloat16, **layout), threads=threads)
+        for layout, threads in (({}, 1), ({}, 3), ({"block_seed": 5}, 3), ({"layer_major": True}, 2))
     )
-    torch.set_num_threads(1)
-    alone = attend(make_case(shapes, head_dim=32, dtype=torch.bfloat16))
-    assert all(torch.equal(plain, other) for other in (*others, alone))
+    assert all(torch.equal(plain, other) for other in others)
 
 
 def test_a_sequence_attends_the_same_alone_and_in_a_batch():
@@ -142,11 +133,12 @@ def test_a_sequence_that_is_not_finite_shows_it_and_harms_nobody_else():
 def test_an_empty_step_attends_to_nothing():
     kv_NCKBD = torch.zeros(2, 2, 1, 16, 32)
     batch = AttentionBatch.build(0, [0], [], torch.zeros(0, 1, dtype=torch.int32), kv_NCKBD)
-    attention = NativeKernels(torch.float32, 32).attention(batch, kv_NCKBD, 4, torch.zeros(1, 2, 16), 1.0)
+    attention = NativeKernels(torch.float32, 32, 1).attention(batch, kv_NCKBD, 4, torch.zeros(1, 2, 16), 1.0)
     assert attention(torch.zeros(0, 6 * 32), kv_NCKBD).shape == (0, 4 * 32)
 
 
 @DTYPES
+@THREADS
 @pytest.mark.parametrize("size", [8, 40, 256, 896])
 @pytest.mark.parametrize("with_delta", [True, False])
 def test_add_norm_equals_torch(size, with_delta, dtype, threads):
@@ -155,25 +147,29 @@ def test_add_norm_equals_torch(size, with_delta, dtype, threads):
     x_TM, delta_TM = (torch.randn(700, size, generator=generator).to(dtype) for _ in range(2))
     weight_M = torch.randn(size, generator=generator).to(dtype)
     expected_TM = x_TM + delta_TM if with_delta else x_TM.clone()
-    normed_TM = NativeKernels(dtype, 32).add_norm(x_TM, delta_TM if with_delta else None, weight_M, 1e-6)
+    normed_TM = NativeKernels(dtype, 32, threads).add_norm(
+        x_TM, delta_TM if with_delta else None, weight_M, 1e-6
+    )
     assert torch.equal(x_TM, expected_TM)
     exact_TM = F.rms_norm(expected_TM.double(), (size,), weight_M.double(), 1e-6)
     torch.testing.assert_close(normed_TM.double(), exact_TM, rtol=torch.finfo(dtype).eps * 4, atol=1e-6)
 
 
 @DTYPES
+@THREADS
 @pytest.mark.parametrize("size", [8, 40, 704])
 def test_silu_mul_equals_torch(size, dtype, threads):
     """Over the whole range of a gate, where its exponential overflows too."""
     generator = torch.Generator().manual_seed(0)
     gate_TF = torch.linspace(-120, 120, 800 * size).view(800, size).to(dtype)
     up_TF = torch.randn(800, size, generator=generator).to(dtype)
-    out_TF = NativeKernels(dtype, 32).silu_mul(torch.cat((gate_TF, up_TF), dim=1))
+    out_TF = NativeKernels(dtype, 32, threads).silu_mul(torch.cat((gate_TF, up_TF), dim=1))
     exact_TF = F.silu(gate_TF.double()) * up_TF.double()
     torch.testing.assert_close(out_TF.double(), exact_TF, rtol=torch.finfo(dtype).eps * 2, atol=1e-7)
 
 
 @DTYPES
+@THREADS
 @pytest.mark.parametrize("vocab_size", [1, 97, 1024, 9000])
 def test_argmax_takes_the_lowest_of_the_best_and_marks_what_is_not_finite(vocab_size, dtype, threads):
     """Few different values: nearly every row has a tie."""
@@ -183,7 +179,7 @@ def test_argmax_takes_the_lowest_of_the_best_and_marks_what_is_not_finite(vocab_
     spoiled = {3: torch.nan, 5: torch.inf, 7: -torch.inf}
     for row, value in spoiled.items():
         logits_RV[row, vocab_size // 2] = value
-    ids_R, finite_R = NativeKernels(dtype, 32).argmax(logits_RV)
+    ids_R, finite_R = NativeKernels(dtype, 32, threads).argmax(logits_RV)
     healthy = [row for row in range(60) if row not in spoiled]
     assert ids_R[healthy].tolist() == expected_R[healthy].tolist()
     assert finite_R.tolist() == [row not in spoiled for row in range(60)]
@@ -191,6 +187,6 @@ def test_argmax_takes_the_lowest_of_the_best_and_marks_what_is_not_finite(vocab_
 
 
 def test_a_tensor_with_gaps_is_refused():
-    kernels = NativeKernels(torch.float32, 32)
+    kernels = NativeKernels(torch.float32, 32, 1)
     with pytest.raises(ValueError, match="contiguous"):
         kernels.silu_mul(torch.zeros(4, 64)[:, ::2])
