@@ -41,6 +41,7 @@ def add_offline_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what to do with KV that must go (default: auto)",
     )
+    parser.add_argument("--max-num-seqs", type=_count, default=256, metavar="N", help="sequences in one step")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: what the checkpoint says")
     parser.set_defaults(run=offline)
 
@@ -97,6 +98,7 @@ def offline(args: argparse.Namespace) -> int:
         device_kv_tokens=args.device_kv_tokens,
         host_kv_tokens=args.host_kv_tokens,
         preemption=args.preemption,
+        max_num_seqs=args.max_num_seqs,
     ) as llm:
         load_s = time.perf_counter() - started
         prompts = _prompts(args, llm.info.vocab_size)

@@ -127,6 +127,14 @@ def test_the_wheel_holds_the_demo_checkpoint(built: Built):
     assert all(files.get(name) == path.read_bytes() for name, path in expected.items())
 
 
+def test_the_wheel_holds_the_sources_of_the_native_kernels(built: Built):
+    """They are compiled where the wheel is installed."""
+    files = contents(built.wheel)
+    sources = [path for path in (ROOT / "kernels/cpu").iterdir() if path.suffix in (".c", ".h")]
+    assert sources
+    assert all(files.get(f"tidegate/kernels/cpu/{path.name}") == path.read_bytes() for path in sources)
+
+
 def test_the_wheel_holds_the_package_alone(built: Built):
     """No test, no cache, no build file slips into site-packages."""
     top_levels = {name.split("/")[0] for name in contents(built.wheel)}
