@@ -113,22 +113,28 @@ class BlockManagerModel:
         block_size: int,
         device_blocks: int,
         host_blocks: int,
+        host_ready: int | None = None,
         host_quota: int | None = None,
         copies_fail: bool = True,
         walk: bool = True,
     ) -> None:
-        """``walk`` False leaves out ``check_integrity``: the content oracle has to find faults alone."""
+        """``host_ready``: host blocks that are in place from the start; None: all. ``walk`` False leaves out
+        ``check_integrity``: the content oracle has to find faults alone.
+        """
         self.choose = choose
         self.block_size = block_size
         self.copies_fail = copies_fail
         self.walk = walk
         self.max_len = (device_blocks - 1) * block_size
+        self.host_blocks = host_blocks
+        self.host_ready = host_blocks if host_ready is None else host_ready
         self.transfer = FakeTransfer(device_blocks, host_blocks, block_size)
         self.manager = BlockManager(
             block_size=block_size,
             device_blocks=device_blocks,
             host_blocks=host_blocks,
             host_quota=host_quota,
+            host_ready=lambda: self.host_ready,
             transfer=self.transfer,
             hasher=BlockHasher("model", block_size, secret=b"secret"),
             observer=self.observe,
@@ -430,6 +436,10 @@ class BlockManagerModel:
 
     # Rules: what a copy engine does
 
+    def grow_host(self) -> None:
+        """More of the host tier's memory is in place."""
+        self.host_ready = min(self.host_blocks, self.host_ready + 1 + self.choose(4))
+
     def flush(self) -> None:
         self.manager.flush()
 
@@ -564,6 +574,7 @@ RULES = (
     Rule(BlockManagerModel.compute, 8, lambda m: m.uncomputed),
     Rule(BlockManagerModel.collect, 14, lambda m: m.steps),
     Rule(BlockManagerModel.run_step, 2, lambda m: m.ready),
+    Rule(BlockManagerModel.grow_host, 1, lambda m: m.host_ready < m.host_blocks),
     Rule(BlockManagerModel.flush, 10, lambda m: m.manager.copies_in_flight > len(m.transfer.under_way)),
     Rule(BlockManagerModel.poll, 12, lambda m: m.transfer.num_reports),
     Rule(BlockManagerModel.advance_copy, 6, lambda m: m.transfer.under_way),
@@ -603,6 +614,7 @@ def run_random(num_rules: int, *, walk: bool = True) -> Totals:
             block_size=rng.choice((1, 2, 4)),
             device_blocks=rng.choice((3, 5, 8, 12)),
             host_blocks=rng.choice((0, 2, 4, 16)),
+            host_ready=rng.choice((None, 0, 1)),
             host_quota=rng.choice((None, 0, 3)),
             walk=walk,
         )
