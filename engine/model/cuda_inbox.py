@@ -75,8 +75,8 @@ class Inbox:
 
     def _send_packet(self, segments: list[tuple[int, npt.NDArray[np.int32]]]) -> None:
         index, self._next = self._next, (self._next + 1) % _PACKETS
+        self._await_reader(index)
         packet, read = self._packets[index], self._read[index]
-        read.synchronize()
         count = len(segments)
         sizes = np.array([len(values) for _, values in segments], np.int32)
         host = packet.numpy()
@@ -88,3 +88,7 @@ class Inbox:
         host[SEGMENT_FIELDS * count : SEGMENT_FIELDS * count + len(data)] = data
         self._stream.launch(lambda: apply_packet(self._words, packet, count))
         read.record(self._stream)
+
+    def _await_reader(self, index: int) -> None:
+        """With the ring's packets the reader has long been done."""
+        self._read[index].synchronize()

@@ -14,7 +14,7 @@ from tidegate.engine.messages import Submit
 from tidegate.engine.model.cuda_decoder import CudaDecoder
 from tidegate.engine.request import Request, SamplingParams
 
-REQUESTS, PROMPT, OUTPUT = (6, 30, 10) if DRY else (96, 1024, 256)
+REQUESTS, ROWS, PROMPT, OUTPUT = (6, 4, 30, 10) if DRY else (96, 40, 512, 384)
 NEED = REQUESTS * (PROMPT + OUTPUT + 64)
 
 
@@ -42,7 +42,7 @@ def run(decoder: CudaDecoder, device: Device, name: str, options: dict[str, obje
     core = engine_of(
         decoder,
         device,
-        max_num_seqs=REQUESTS,
+        max_num_seqs=ROWS,
         max_step_tokens=64 if DRY else 2048,
         prefix_caching=False,
         block_size=16 if DRY else 64,
@@ -78,7 +78,7 @@ def run(decoder: CudaDecoder, device: Device, name: str, options: dict[str, obje
 def warm_up(core: EngineCore, vocab_size: int) -> None:
     """Until the graphs of every batch size are captured: that is no part of a storm."""
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    for batch in [1] if DRY else [1, 2, 4, 8, *range(16, REQUESTS + 1, 16)]:
+    for batch in [1] if DRY else [1, 2, 4, 8, *range(16, ROWS + 1, 16), ROWS]:
         for i in range(batch):
             prompt = [3 + (i + j) % (vocab_size - 3) for j in range(8)]
             core.handle(Submit(Request(id=f"w{batch}-{i}", prompt_token_ids=prompt, params=params, seed=i)))

@@ -17,6 +17,8 @@ import torch
 from tidegate.engine.device.streams import BlockCopy, Event, Memory, Stream
 
 Work = Callable[[], object]
+UNWRITTEN = -7
+"""What pinned memory holds before anybody writes to it."""
 
 
 @dataclass
@@ -83,9 +85,12 @@ class FakeCuda:
 
     torch_device = torch.device("cpu")
 
-    def __init__(self, seed: int = 0, *, eager: bool = False) -> None:
-        """``eager``: work is done as soon as it is given, so that its errors come from ``launch``."""
+    def __init__(self, seed: int = 0, *, eager: bool = False, lazy: bool = False) -> None:
+        """``eager``: work is done as soon as it is given, so that its errors come from ``launch``. ``lazy``:
+        none is done before somebody waits for it.
+        """
         self.eager = eager
+        self.lazy = lazy
         self.captures = 0
         self.fail_copies = False
         self.fail_pinning = False
@@ -104,7 +109,7 @@ class FakeCuda:
         return FakeEvent(self)
 
     def pinned(self, num_words: int) -> torch.Tensor:
-        return torch.full((num_words,), -7, dtype=torch.int32)
+        return torch.full((num_words,), UNWRITTEN, dtype=torch.int32)
 
     def capture(self, stream: Stream, work: Work) -> Work:
         self.captures += 1
@@ -157,7 +162,7 @@ class FakeCuda:
 
     def stir(self) -> None:
         """Do some of what could be done now, or nothing."""
-        for _ in range(self._rng.choice((0, 0, 0, 1, 5))):
+        for _ in range(0 if self.lazy else self._rng.choice((0, 0, 0, 1, 5))):
             if not self._run_one():
                 return
 

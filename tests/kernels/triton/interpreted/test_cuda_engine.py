@@ -5,15 +5,22 @@ Its tokens are those of the CPU's engine, whatever the order in which the device
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from checkpoints import make_checkpoint
 from drive import config_for, drive, preempting_every
-from fake_cuda import FakeCuda
+from fake_cuda import UNWRITTEN, FakeCuda
 
 from tidegate.engine import cuda
 from tidegate.engine.build import build_engine, compose
+from tidegate.engine.config import ConfigError
 from tidegate.engine.core import EngineCore
+from tidegate.engine.model import cuda_runner
+from tidegate.engine.model.cuda_decoder import CudaDecoder
+from tidegate.engine.model.cuda_inbox import Inbox
 from tidegate.engine.request import Request, SamplingParams
+from tidegate.engine.step import DeviceLost
 
 MAX_LEN = 96
 
@@ -75,3 +82,101 @@ def test_its_tokens_are_those_of_the_cpu(folder, seed):
     core.close()
     assert got.tokens == expected.tokens
     assert swapped > 0
+
+
+def tokens_of(core: EngineCore) -> dict[tuple[str, int], list[int]]:
+    tokens = drive(core, requests()[1:3]).tokens
+    core.close()
+    return tokens
+
+
+def test_a_result_read_before_its_step_has_ended_is_caught(folder, monkeypatch):
+    """With the wait taken out, what the host finds in the ring is no token."""
+    monkeypatch.setattr(cuda_runner._Step, "result", lambda step: step._read(0.0))
+    core = cuda_engine(folder, FakeCuda(0, lazy=True), **OPTIONS)
+    request = Request(id="r", prompt_token_ids=[9, 8], params=SamplingParams(max_tokens=1), seed=1)
+    tokens = drive(core, [request]).tokens["r", 0]
+    core.close()
+    assert tokens == [UNWRITTEN]
+
+
+def packets_arrive() -> bool:
+    """More packets than the ring holds, sent before the device has read any."""
+    gpu = FakeCuda(0, lazy=True)
+    words = torch.zeros(64, dtype=torch.int32)
+    inbox = Inbox(gpu, gpu.stream(), words, 32, packet_words=64)
+    for i in range(12):
+        inbox.store(i, np.array([i + 1], np.int32))
+        inbox.send()
+    gpu.synchronize()
+    return words[:12].tolist() == list(range(1, 13))
+
+
+def test_a_packet_waits_for_the_reader_of_the_one_whose_place_it_takes(monkeypatch):
+    assert packets_arrive()
+    monkeypatch.setattr(Inbox, "_await_reader", lambda inbox, index: None)
+    assert not packets_arrive()
+
+
+def test_news_too_long_for_a_packet_go_in_several():
+    gpu = FakeCuda(3)
+    words = torch.zeros(5000, dtype=torch.int32)
+    inbox = Inbox(gpu, gpu.stream(), words, 4900, packet_words=1200)
+    inbox.store(7, np.arange(4000, dtype=np.int32))
+    put = inbox.put(np.arange(6, dtype=np.int32).reshape(2, 3))
+    inbox.send()
+    gpu.synchronize()
+    assert words[7:4007].tolist() == list(range(4000))
+    assert put.tolist() == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(RuntimeError, match="words of news"):
+        inbox.put(np.zeros(101, np.int32))
+
+
+def test_steps_that_find_no_memory_are_cut_until_they_do(folder, monkeypatch):
+    """The tokens stay the same; a step of one token that finds none is its sequence's own fault."""
+    expected = tokens_of(cuda_engine(folder, FakeCuda(0), **OPTIONS))
+    forward = CudaDecoder.forward
+
+    def scarce(self, token_ids_T, *arguments):
+        if len(token_ids_T) > 9:
+            raise torch.OutOfMemoryError("planted")
+        return forward(self, token_ids_T, *arguments)
+
+    monkeypatch.setattr(CudaDecoder, "forward", scarce)
+    assert tokens_of(cuda_engine(folder, FakeCuda(0, eager=True), **OPTIONS)) == expected
+
+    def none_at_all(self, token_ids_T, *arguments):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(CudaDecoder, "forward", none_at_all)
+    core = cuda_engine(folder, FakeCuda(0, eager=True), **OPTIONS)
+    outcome = drive(core, requests()[:1])
+    core.close()
+    assert [end.error for end in outcome.finished.values()] == ["DEVICE_OUT_OF_MEMORY"]
+
+
+def test_a_lost_device_ends_the_engine(folder, monkeypatch):
+    """Nothing will run in this process again: the error goes up to whoever starts another engine."""
+    gpu = FakeCuda(0, eager=True)
+    core = cuda_engine(folder, gpu, **OPTIONS)
+    gpu.lost = True
+
+    def broken(self, *arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(CudaDecoder, "forward", broken)
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        drive(core, requests())
+
+
+def test_the_device_tier_is_what_weights_and_the_largest_step_leave(folder):
+    gpu = FakeCuda(0)
+    gpu.free_bytes = 2**21
+    core = cuda_engine(folder, gpu, host_kv_tokens=0, max_num_seqs=4, max_step_tokens=24)
+    block_bytes = core.info.kv_bytes_per_token * core.info.block_size
+    used, step = gpu.free_bytes, gpu.free_bytes // 4
+    room = int(0.9 * 2 * gpu.free_bytes) - used - step
+    assert core.info.device_blocks == min(room // block_bytes, 4 * (MAX_LEN // 16) + 1)
+    core.close()
+    with pytest.raises(ConfigError, match="device_memory_fraction"):
+        cuda_engine(folder, gpu, device_memory_fraction=0.5, max_num_seqs=4, max_step_tokens=24)
