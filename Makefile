@@ -43,6 +43,7 @@ check: protos ## Lint, types, direction of imports, protos
 	$(BIN)/lint-imports --no-cache --no-logo # its cache misses new modules
 	$(BIN)/buf lint protos
 	$(BIN)/buf format --diff --exit-code protos
+	$(BIN)/buf breaking protos --against protos/baseline.binpb # tidegate.v1 as released: it only grows
 
 test: check wheel-env .cache/compat/kserve/.installed ## The checks, then every test against the built wheel
 	$(WHEEL_ENV)/bin/python -m pytest
