@@ -475,7 +475,7 @@ def test_an_engine_whose_front_died_before_it_ran_ends_at_once() -> None:
         check=False,
     )
     assert ended.returncode == 1
-    assert "the front ended before its engine started" in ended.stderr
+    assert "the parent ended before its child started" in ended.stderr
 
 
 def test_the_front_needs_no_torch() -> None:
