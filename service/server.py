@@ -31,7 +31,7 @@ from tidegate.engine.text import Text
 from tidegate.service.addresses import check_address, every_interface, listen
 from tidegate.service.admin import AdminService
 from tidegate.service.admission import Admission, AdmissionLimits
-from tidegate.service.compat.protocols import PROTOCOLS, Compat, add_protocols
+from tidegate.service.compat.protocols import PROTOCOLS, SERVICES, Compat, add_protocols
 from tidegate.service.control import ControlService
 from tidegate.service.errors import log_unexpected
 from tidegate.service.gateway import Gateway, find_program
@@ -289,6 +289,8 @@ async def start_server(
             (control_pb2.DESCRIPTOR, "ControlService"),
         )
     ]
+    if compat is not None:
+        services += [SERVICES[protocol] for protocol in compat.protocols]
     health = HealthService(services)
     hub = Hub(
         engine,
@@ -316,8 +318,7 @@ async def start_server(
     )
     grpc_server = grpc.aio.server(interceptors=[guard], options=GRPC_OPTIONS)
     if compat is not None:
-        services += add_protocols(grpc_server, compat, intake, hub)
-    health = HealthService(services)
+        add_protocols(grpc_server, compat, intake, hub)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(
         InferenceService(text, intake, sessions), grpc_server
     )

@@ -10,7 +10,9 @@ from tidegate.service.compat import kserve, vllm
 from tidegate.service.hub import Hub
 from tidegate.service.intake import Intake
 
-PROTOCOLS = ("kserve", "vllm")
+SERVICES = {"kserve": kserve.SERVICE, "vllm": vllm.SERVICE}
+"""Their gRPC services, by the names that a server's flag has for them."""
+PROTOCOLS = tuple(SERVICES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +25,9 @@ class Compat:
     max_num_seqs: int
 
 
-def add_protocols(server: grpc.aio.Server, compat: Compat, intake: Intake, hub: Hub) -> list[str]:
-    """Serve the protocols named; gives the names of their gRPC services."""
-    services = []
+def add_protocols(server: grpc.aio.Server, compat: Compat, intake: Intake, hub: Hub) -> None:
+    """Serve the protocols named."""
     if "kserve" in compat.protocols:
         kserve.add(server, intake, hub)
-        services.append(kserve.SERVICE)
     if "vllm" in compat.protocols:
         vllm.add(server, intake, hub, compat.folder, compat.max_num_seqs)
-        services.append(vllm.SERVICE)
-    return services

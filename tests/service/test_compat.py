@@ -10,12 +10,13 @@ from typing import Any
 import grpc
 import pytest
 from front import Front, refusal_of, until
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tidegate.compat.kserve import grpc_service_pb2 as kserve_pb2
 from tidegate.compat.kserve import grpc_service_pb2_grpc as kserve_grpc
 from tidegate.compat.vllm import common_pb2, engine_pb2, engine_pb2_grpc
 from tidegate.engine.demo import checkpoint_path
-from tidegate.service.compat.protocols import PROTOCOLS, Compat
+from tidegate.service.compat.protocols import PROTOCOLS, SERVICES, Compat
 from tidegate.v1 import inference_pb2
 
 DEMO = checkpoint_path()
@@ -223,6 +224,13 @@ async def test_what_is_wrong_with_an_inference_is_named(front: Front, change: An
     refusal = await refusal_of(kserve(front).ModelInfer(request))
     assert refusal.code == grpc.StatusCode.INVALID_ARGUMENT
     assert field in refusal.violations
+
+
+async def test_health_knows_the_protocols_by_their_services(front: Front) -> None:
+    health = health_pb2_grpc.HealthStub(front.channel)
+    for service in SERVICES.values():
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 async def test_a_protocol_that_is_not_wanted_is_not_there(start_front: Callable[..., Any]) -> None:
