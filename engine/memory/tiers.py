@@ -160,25 +160,30 @@ class BlockManager:
         A tail that others need as it is gets replaced by a block of the table's own, which the next step
         must fill first: ``launched`` says from which slot.
         """
+        if num_tokens <= len(table.blocks) * self.block_size and self._owns_tail(table):
+            # Nearly always: one more position in a block that the table has written to before.
+            return True
         missing = self.num_missing(table, num_tokens)
         if missing > self.num_available:
             return False
         self._store.make_free(missing)
-        if num_tokens > table.num_tokens and table.num_tokens % self.block_size:
+        if num_tokens > table.num_tokens and not self._owns_tail(table):
             self._own_tail(table)
         while len(table.blocks) < self.blocks_for(num_tokens):
             table.blocks.append(self._store.fresh(table))
         return True
 
+    def _owns_tail(self, table: BlockTable) -> bool:
+        """Whether steps may write behind the table's positions as it stands."""
+        place, valid = divmod(table.num_tokens, self.block_size)
+        return not valid or table.blocks[place].writer is table
+
     def _must_copy_tail(self, table: BlockTable) -> bool:
         """Whether others need what the table would overwrite in its last block."""
-        place, shared = divmod(table.num_tokens, self.block_size)
-        if not shared or table.source is not None:
+        if self._owns_tail(table):
             return False
-        tail = table.blocks[place]
-        if tail.writer is not None:
-            return tail.writer is not table
-        return any(holder.num_tokens > table.num_tokens for holder in tail.holders)
+        tail = table.blocks[table.num_tokens // self.block_size]
+        return tail.writer is not None or any(h.num_tokens > table.num_tokens for h in tail.holders)
 
     def _own_tail(self, table: BlockTable) -> None:
         """Make the table the writer of its partial tail, or of a block of its own in place of it."""
@@ -188,7 +193,7 @@ class BlockManager:
             # The source stays held, and resident, until the step that copies it has ended well.
             table.source, table.copy_due = tail, True
             table.blocks[place] = self._store.fresh(table)
-        elif tail.writer is not table and table.source is None:
+        else:
             tail.writer = table
             self._store.cut(tail, valid)
 
