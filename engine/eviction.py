@@ -225,6 +225,8 @@ class Eviction:
             manager.demote_prefixes(policy.DEMOTED_A_STEP)
         if not self._limits.write_ahead or manager.num_available > (1 - policy.WRITE_AHEAD_MARK) * total:
             return
+        if self._all_may_grow():
+            return
         most = policy.write_ahead_blocks(
             seconds=self._limits.write_ahead * self.step_seconds,
             bytes_per_second=self._bytes_per_second(),
@@ -238,6 +240,15 @@ class Eviction:
                 return
             full = seq.table.blocks[: seq.table.num_tokens // manager.block_size]
             most -= manager.write_ahead(full, most)
+
+    def _all_may_grow(self) -> bool:
+        """Whether nobody waits, and those that run fit in what is free however long they become."""
+        room = 0 if self._roster.ready else self._manager.device.num_free
+        for seq in self._roster.running:
+            room -= self._manager.blocks_for(seq.num_prompt + seq.max_output) - len(seq.table.blocks)
+            if room <= 0:
+                return False
+        return room > 0
 
     def _holders(self) -> list[Sequence]:
         """All that have device blocks of their own to give."""

@@ -19,7 +19,8 @@ CAUTION_KEPT_IN_CALM = 0.95
 CAUTION_MOST = 4.0
 
 WRITE_AHEAD_MARK = 0.5
-"""Share of the device tier in use from which likely victims are written to the host in advance."""
+"""Share of the device tier in use from which likely victims are written to the host in advance, unless
+there is room for all to grow."""
 
 DEMOTE_MARK = 0.05
 """Share of the device tier that is free below which prefixes of proven use are written in advance."""

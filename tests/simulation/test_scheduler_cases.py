@@ -167,6 +167,15 @@ def test_room_is_taken_from_the_one_that_frees_the_most_of_its_own(depth):
     assert ends(outputs)["urgent"].reason is FinishReason.MAX_TOKENS
 
 
+@pytest.mark.parametrize(("device_blocks", "copies"), [(50, False), (40, True)])
+def test_nothing_is_copied_while_all_fit_however_long_they_become(depth, device_blocks, copies):
+    """Above the mark from which likely victims are written ahead, too."""
+    world = World(1, depth=depth, device_blocks=device_blocks, max_step_tokens=64, write_ahead=1.0)
+    submit(world, *(request(f"r{i}", 20, 24) for i in range(4)))
+    step(world, 60)
+    assert (world.core.stats().swap_out_bytes > 0) is copies
+
+
 def test_without_a_host_tier_every_preemption_counts_as_recompute():
     world = World(1, host_blocks=0, preemption="swap", device_blocks=8)
     submit(world, *(request(f"r{i}", 6, 16) for i in range(4)))
