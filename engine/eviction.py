@@ -122,20 +122,22 @@ class Eviction:
             return False
         if self._limits.preemption != "auto" or self.prefill.tokens_per_second is None:
             return self._limits.preemption != "recompute"
-        own = [block for block in seq.table.blocks if len(block.holders) == 1]
+        # What it shares with others that run stays, and is there when it comes back.
+        table, size = seq.table, self._limits.block_bytes
+        num_shared = len(table.blocks) - table.num_exclusive
+        own = table.blocks[num_shared:]
         dirty = sum(not block.is_clean for block in own)
-        size = self._limits.block_bytes
         costs = policy.preemption_costs(
             bytes_out=dirty * size,
             bytes_in=len(own) * size,
             queued_bytes=self._manager.copies_in_flight * size,
             bytes_per_second=self._bytes_per_second(),
-            tokens=seq.table.num_tokens,
+            tokens=max(0, table.num_tokens - num_shared * self._manager.block_size),
             tokens_per_second=self.prefill.tokens_per_second,
         )
         fits = dirty <= self._manager.num_host_available
         if not (fits and costs.prefers_swap):
-            log.info("recompute_chosen", tokens=seq.table.num_tokens, host_room=fits, **costs._asdict())
+            log.info("recompute_chosen", tokens=table.num_tokens, host_room=fits, **costs._asdict())
         return fits and costs.prefers_swap
 
     # Without credit

@@ -8,9 +8,10 @@ import world as worlds
 from scenes import POISON_TOKEN, admissions, ends, request, step, submit, tokens
 from world import Faults, World, expected_tokens
 
+from tidegate.engine import policy
 from tidegate.engine.llm import LLM
 from tidegate.engine.messages import Finish, Limit, ProgressKind
-from tidegate.engine.request import FinishReason, InvalidRequest, SamplingParams
+from tidegate.engine.request import FinishReason, InvalidRequest, Parent, SamplingParams
 from tidegate.engine.scheduler import Scheduler
 from tidegate.engine.step import StepPlan, StepResult
 from tidegate.engine.text import TextStream
@@ -165,6 +166,25 @@ def test_room_is_taken_from_the_one_that_frees_the_most_of_its_own(depth):
     preempted = [p.request_id for out in outputs for p in out.progress if p.kind is ProgressKind.PREEMPTED]
     assert preempted[0] == "large"
     assert ends(outputs)["urgent"].reason is FinishReason.MAX_TOKENS
+
+
+@pytest.mark.parametrize("leased", [True, False], ids=["held for a lease", "shared with another that runs"])
+def test_the_price_of_a_preemption_is_that_of_the_blocks_that_leave(leased, monkeypatch):
+    """A lease keeps nothing on the device; another choice that runs keeps what both have."""
+    world = World(1, device_blocks=60, park_grace=0.0, host_blocks=60, prefix_caching=False, write_ahead=0)
+    submit(world, request("parent", 16, 4 if leased else 40, leased=leased, prompt=list(range(1, 17))))
+    step(world, 12 if leased else 2)
+    submit(world, request("child", prompt=list(range(1, 19)), max_tokens=30, parent=Parent("parent")))
+    step(world, 4)
+    priced = []
+    costs = policy.preemption_costs
+    monkeypatch.setattr(policy, "preemption_costs", lambda **given: (priced.append(given), costs(**given))[1])
+    world.core.scheduler.preempt("child")
+    step(world, 2)
+    (given,) = priced
+    tokens, blocks = given["tokens"], given["bytes_in"] // 1024
+    assert tokens >= 18 if leased else tokens < 8
+    assert blocks == -(-tokens // world.block_size) or blocks == -(-(tokens + 1) // world.block_size)
 
 
 @pytest.mark.parametrize(("device_blocks", "copies"), [(50, False), (40, True)])
