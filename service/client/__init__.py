@@ -52,7 +52,8 @@ from tidegate.service.client.messages import (
     Timings,
     Usage,
 )
-from tidegate.service.client.session import Session, SessionStream
+from tidegate.service.client.session import Session
+from tidegate.service.client.session_stream import SessionStream
 from tidegate.service.client.stream import GenerateStream, Stream
 from tidegate.service.client.sync import BlockingSession, BlockingSessionStream, BlockingStream, Client
 

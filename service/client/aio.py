@@ -1,4 +1,4 @@
-"""The asyncio client: one channel to one server."""
+"""The asyncio client: a channel to a server, or to each of its replicas."""
 
 import weakref
 from collections.abc import AsyncIterator, Sequence
@@ -46,10 +46,18 @@ class AsyncClient:
     come.
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, retries: int = 3) -> None:
-        """``target``: ``host:port`` or ``unix:/path``. Made in the event loop that uses it."""
+    def __init__(self, target: str | Sequence[str] = DEFAULT_TARGET, *, retries: int = 3) -> None:
+        """``target``: ``host:port`` or ``unix:/path``. Made in the event loop that uses it.
+
+        Several are replicas of one server: calls go to the first, and sessions go on at another one when
+        theirs is lost or about to stop.
+        """
+        targets = [target] if isinstance(target, str) else list(target)
+        if not targets:
+            raise ValueError("target must name at least one address")
         self._retries = retries
-        self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._channels = [grpc.aio.insecure_channel(one, options=_CHANNEL_OPTIONS) for one in targets]
+        self._channel = self._channels[0]
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
         self._open: weakref.WeakSet[GenerateStream | Session] = weakref.WeakSet()
@@ -70,7 +78,8 @@ class AsyncClient:
         # The channel's own close overlooks a stream that nobody reads at that moment.
         for stream in list(self._open):
             await stream.aclose()
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
     def generate(
         self, prompt: PromptInput, *, timeout: float | None = None, **options: Unpack[Options]
@@ -97,7 +106,8 @@ class AsyncClient:
 
     def session(self) -> Session:
         """Many requests on one stream: ``async with client.session() as session``."""
-        session = Session(self._inference.Session, self._retries)
+        stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
+        session = Session([stub.Session for stub in stubs], self._retries)
         self._open.add(session)
         return session
 

@@ -224,6 +224,20 @@ def request_fields(prompt: PromptInput, options: Options) -> dict[str, Any]:
     }
 
 
+def continued_fields(prompt: PromptInput | None, options: Options) -> dict[str, Any]:
+    """The fields that ``AppendTurn`` and ``ForkBranch`` have in common.
+
+    Raises ``TypeError`` that names an option which they do not have.
+    """
+    for name in ("generated_token_ids", "sample_index"):
+        if name in options:
+            raise TypeError(f"{name} makes no sense for a request that goes on from another")
+    fields = request_fields("" if prompt is None else prompt, options)
+    fields.pop("return_prompt_token_ids", None)
+    content = fields.pop("prompt")
+    return fields if prompt is None else fields | {"input": content}
+
+
 def duration(seconds: float) -> duration_pb2.Duration:
     message = duration_pb2.Duration()
     message.FromNanoseconds(round(seconds * 1e9))

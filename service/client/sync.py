@@ -20,7 +20,8 @@ from tidegate.service.client.messages import (
     PromptInput,
     Response,
 )
-from tidegate.service.client.session import Session, SessionStream
+from tidegate.service.client.session import Session
+from tidegate.service.client.session_stream import SessionStream
 from tidegate.service.client.stream import Stream
 from tidegate.v1 import control_pb2, session_pb2
 
@@ -138,13 +139,13 @@ class BlockingSessionStream(BlockingStream):
 
     def __init__(self, loop: _Loop, stream: SessionStream) -> None:
         super().__init__(loop, stream)
-        self._session_stream = stream
+        self.session_stream = stream
 
     def grant(self, upto: int) -> None:
         """Let each choice generate up to output offset ``upto``."""
 
         async def grant() -> None:
-            self._session_stream.grant(upto)
+            self.session_stream.grant(upto)
 
         self._loop.run(grant())
 
@@ -167,13 +168,83 @@ class BlockingSession:
         timeout: float | None = None,
         credit: int | None = None,
         auto_credit: bool = True,
+        lease: float | None = None,
         **options: Unpack[Options],
     ) -> BlockingSessionStream:
         """Start a request; as ``Session.start``."""
-        stream = self._loop.run(
-            self._session.start(prompt, timeout=timeout, credit=credit, auto_credit=auto_credit, **options)
+        starting = self._session.start(
+            prompt, timeout=timeout, credit=credit, auto_credit=auto_credit, lease=lease, **options
         )
-        return BlockingSessionStream(self._loop, stream)
+        return BlockingSessionStream(self._loop, self._loop.run(starting))
+
+    def append(
+        self,
+        parent: str | BlockingSessionStream,
+        prompt: PromptInput,
+        *,
+        choice: int = 0,
+        timeout: float | None = None,
+        credit: int | None = None,
+        auto_credit: bool = True,
+        lease: float | None = None,
+        **options: Unpack[Options],
+    ) -> BlockingSessionStream:
+        """Continue a finished, leased request; as ``Session.append``."""
+        starting = self._session.append(
+            _id_of(parent),
+            prompt,
+            choice=choice,
+            timeout=timeout,
+            credit=credit,
+            auto_credit=auto_credit,
+            lease=lease,
+            **options,
+        )
+        return BlockingSessionStream(self._loop, self._loop.run(starting))
+
+    def fork(
+        self,
+        parent: str | BlockingSessionStream,
+        prompt: PromptInput | None = None,
+        *,
+        choice: int = 0,
+        at_offset: int | None = None,
+        timeout: float | None = None,
+        credit: int | None = None,
+        auto_credit: bool = True,
+        lease: float | None = None,
+        **options: Unpack[Options],
+    ) -> BlockingSessionStream:
+        """Branch a request that runs or was leased; as ``Session.fork``."""
+        starting = self._session.fork(
+            _id_of(parent),
+            prompt,
+            choice=choice,
+            at_offset=at_offset,
+            timeout=timeout,
+            credit=credit,
+            auto_credit=auto_credit,
+            lease=lease,
+            **options,
+        )
+        return BlockingSessionStream(self._loop, self._loop.run(starting))
+
+    def update(
+        self,
+        stream: BlockingSessionStream,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Change a running request; as ``Session.update``."""
+
+        async def update() -> None:
+            self._session.update(
+                stream.session_stream, max_tokens=max_tokens, stop=stop, stop_token_ids=stop_token_ids
+            )
+
+        self._loop.run(update())
 
     def __enter__(self) -> Self:
         self._loop.run(self._session.__aenter__())
@@ -196,13 +267,13 @@ class Client:
             print(chunk, end="", flush=True)
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, retries: int = 3) -> None:
-        """``target``: ``host:port`` or ``unix:/path``."""
+    def __init__(self, target: str | Sequence[str] = DEFAULT_TARGET, *, retries: int = 3) -> None:
+        """``target``: ``host:port`` or ``unix:/path``; several are replicas, as for ``AsyncClient``."""
         self._loop = _shared_loop()
         self._stack = AsyncExitStack()
         self._client = self._loop.run(self._open(target, retries))
 
-    async def _open(self, target: str, retries: int) -> AsyncClient:
+    async def _open(self, target: str | Sequence[str], retries: int) -> AsyncClient:
         return await self._stack.enter_async_context(AsyncClient(target, retries=retries))
 
     def __enter__(self) -> Self:
@@ -258,6 +329,10 @@ class Client:
 
     def abort(self, request_id: str, *, timeout: float | None = None) -> bool:
         return self._loop.run(self._client.abort(request_id, timeout=timeout))
+
+
+def _id_of(parent: str | BlockingSessionStream) -> str:
+    return parent if isinstance(parent, str) else parent.request_id
 
 
 async def _next_or_none(iterator: AsyncIterator[T]) -> T | None:

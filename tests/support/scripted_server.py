@@ -166,7 +166,7 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, control_pb2_gr
             del limit[request_id]
             outbox.put_nowait(answer(finished=finished(request_id, reason, sent[request_id])))
 
-        async for request in requests:
+        async for request in _each(requests):
             self.commands.append(request)
             match request.WhichOneof("command"):
                 case "start" if self.start_errors:
@@ -190,6 +190,13 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, control_pb2_gr
                     end(request.cancel.request_id, events_pb2.FINISH_REASON_CANCELLED)
                 case "close":
                     outbox.put_nowait(None)
+
+
+async def _each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Also those that came several in one message."""
+    async for request in requests:
+        for command in request.commands.commands or [request]:
+            yield command
 
 
 async def start_scripted_server(address: str) -> tuple[ScriptedServer, grpc.aio.Server]:
