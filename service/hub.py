@@ -291,6 +291,8 @@ class Hub:
                 tried.add(engine_id)
                 await self._try(engine_id, generation)
         self._is_told = True
+        if self._is_paused:
+            self._send(Pause(True))
         for engine_id, generation in self._submitted.items():
             request = generation.continuation()
             if engine_id not in tried:
