@@ -3,18 +3,20 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 from fake_engine import DEADLY
 from front import Front, SessionClient, open_session, read_status, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tidegate.engine.client import EngineGone
-from tidegate.engine.messages import Place, Submit
+from tidegate.engine.messages import Pause, Place, Submit
 from tidegate.engine.request import Request
-from tidegate.v1 import events_pb2
+from tidegate.v1 import admin_pb2, admin_pb2_grpc, events_pb2
 
 RECOVERED = events_pb2.PROGRESS_KIND_RECOVERED
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -79,7 +81,7 @@ class Outage:
 
 
 @pytest.fixture
-async def outage(start_front: Callable[..., Awaitable[Front]]) -> Outage:
+async def outage(start_front: Callable[..., Awaitable[Front]], tmp_path: Path) -> Outage:
     fronts: list[Front] = []
     may_start = asyncio.Event()
 
@@ -87,7 +89,8 @@ async def outage(start_front: Callable[..., Awaitable[Front]]) -> Outage:
         await may_start.wait()
         fronts[0].engine.revive()
 
-    fronts.append(await start_front(restart=restart, step_seconds=0.002))
+    admin = f"unix:{tmp_path}/admin"
+    fronts.append(await start_front(restart=restart, step_seconds=0.002, admin_addresses=[admin]))
     return Outage(fronts[0], await open_session(fronts[0]), may_start)
 
 
@@ -201,6 +204,20 @@ async def test_health_says_that_there_is_no_engine(outage: Outage) -> None:
     outage.come_back()
     assert (await watch.read()).status == SERVING
     watch.cancel()
+
+
+async def test_a_pause_outlives_the_engine(outage: Outage) -> None:
+    await outage.start("r", tokens=30)
+    await outage.has_tokens("r", 2)
+    async with grpc.aio.insecure_channel(outage.front.server.admin_addresses[0]) as channel:
+        admin = admin_pb2_grpc.AdminServiceStub(channel)
+        await admin.Pause(admin_pb2.PauseRequest())
+        told = len(outage.engine.commands)
+        await outage.kill_and_come_back()
+        assert outage.engine.commands[told] == Pause(True)
+        await admin.Resume(admin_pb2.ResumeRequest())
+    await outage.end("r")
+    assert outage.session.text("r") == outage.engine.expected("tide", 30)
 
 
 async def test_a_drain_in_an_outage_still_finishes_what_runs(outage: Outage) -> None:
