@@ -14,7 +14,7 @@ CLIENTS := kserve smg
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos demo check test wheel-env compat bench simulate soak fuzz gpu clean
+.PHONY: help install protos demo check test wheel-env compat bench simulate ablate soak fuzz gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ bench: protos ## The demo checkpoint's throughput, storms, returning turns, and 
 
 simulate: protos ## Policies against loads on simulated machines, in virtual time: one table a machine
 	PYTHONPATH=tests/support $(BIN)/python tests/simulation/lab.py
+
+ablate: protos ## The same with one rule of the policy taken away at a time
+	PYTHONPATH=tests/support $(BIN)/python tests/simulation/lab.py --ablate
 
 soak: protos ## The engine in random worlds with faults, until REQUESTS have ended: 0 violations, or the seed
 	PYTHONPATH=tests/support $(BIN)/python tests/simulation/soak.py --requests $(REQUESTS)
