@@ -6,6 +6,7 @@
 import asyncio
 import contextlib
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ CALLS = 10
 SESSION_LENGTH = 150
 ANSWER_SECONDS = 60.0
 """More, and something hangs."""
+PATIENCE = 10.0
+"""Of a session that was closed; a broken id may have started a request without credit, which goes on."""
 
 FORBIDDEN = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
 """No message of a client may bring these about."""
@@ -71,20 +74,24 @@ class Client:
         leaves_at = None
         if self._fuzzer.random.random() < 0.3:
             leaves_at = self._fuzzer.random.randrange(50)
-        call = channel.stream_stream(SESSION)(self._commands(), timeout=ANSWER_SECONDS)
+        patience = threading.Timer(PATIENCE, lambda: call.cancel())
+        call = channel.stream_stream(SESSION)(self._commands(patience), timeout=ANSWER_SECONDS)
         with self._end_of(call, "Session"):
             for number, data in enumerate(call):
                 self._check(session_pb2.SessionResponse.FromString(data))
                 if number == leaves_at:
                     call.cancel()
+        patience.cancel()
 
-    def _commands(self) -> Iterator[bytes]:
+    def _commands(self, patience: threading.Timer) -> Iterator[bytes]:
         """As fast as the server takes them."""
         fuzzer = self._fuzzer
+        opening = fuzzer.opening()
         body = [fuzzer.command() for _ in range(fuzzer.random.randrange(2 * SESSION_LENGTH))]
-        for data in [fuzzer.opening(), *body, *fuzzer.closing()]:
+        for data in [opening, *body, *fuzzer.closing()]:
             self.num_sent += 1
             yield data
+        patience.start()
 
     @contextlib.contextmanager
     def _end_of(self, call: Any, name: str) -> Iterator[None]:

@@ -9,8 +9,7 @@ from google.protobuf.message import Message
 
 from tidegate.v1 import control_pb2, inference_pb2, session_pb2
 
-IDS = [f"r{index}" for index in range(24)]
-TEXTS = ["", "a", "the tide", "é\x00\n", "\U0001f30a\U0001f30a", "<|im_end|>", "x" * 300, *IDS[:8]]
+TEXTS = ["", "a", "the tide", "é\x00\n", "\U0001f30a\U0001f30a", "<|im_end|>", "x" * 300]
 SMALL = [0, 1, 2, 3, 7, 40, 255, 287, 288]
 LARGE = {32: [2**31 - 1, 2**32 - 1], 64: [2**31, 2**63 - 1, 2**64 - 1]}
 DOUBLES = [0.0, 1.0, -1.0, 0.5, 2.0, 1e-300, 1e308, float("nan"), float("inf"), float("-inf")]
@@ -38,6 +37,9 @@ class Fuzzer:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
+        self._seed = seed
+        self._num_sessions = 0
+        self._ids: list[str] = []
 
     def unary(self) -> tuple[str, bytes]:
         """A method that takes one message, and the message."""
@@ -53,14 +55,16 @@ class Fuzzer:
         return method, self._finish(message)
 
     def opening(self) -> bytes:
-        """The first message of a session."""
+        """The first message of a session, whose requests have ids that no other session uses."""
+        self._num_sessions += 1
+        self._ids = [f"{self._seed}-{self._num_sessions}-{index}" for index in range(24)]
         message = session_pb2.SessionRequest(open={})
         return message.SerializeToString() if self.random.random() < 0.95 else self._finish(message)
 
     def command(self) -> bytes:
         """Any later one."""
         rng = self.random
-        name, parent = rng.choice(IDS), rng.choice(IDS)
+        name, parent = rng.choice(self._ids), rng.choice(self._ids)
         content = self._content()
         turn = {"parent_request_id": parent, "input": content["prompt"], "sampling": content["sampling"]}
         branch = {"request_id": name, "input": content["prompt"], "sampling": content["sampling"]}
@@ -79,7 +83,7 @@ class Fuzzer:
 
     def closing(self) -> list[bytes]:
         """Ends every request of a session, and then the session."""
-        commands = [{"cancel": {"request_id": name}} for name in IDS]
+        commands = [{"cancel": {"request_id": name}} for name in (*self._ids, *TEXTS)]
         return [session_pb2.SessionRequest(**c).SerializeToString() for c in [*commands, {"close": {}}]]
 
     def _content(self) -> dict[str, Any]:
