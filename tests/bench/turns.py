@@ -25,20 +25,21 @@ from tidegate.engine.messages import Release
 
 TENANT_SHARE = 1.0
 """All conversations are one tenant's here."""
-FRESH_SAMPLES = 3
-"""Histories of each round that are computed anew."""
+SPARE = 128
+"""Tokens of room beside the conversations: no tier lends its last block to one sequence."""
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     rng = random.Random(args.seed)
-    longest = args.turns * (args.new + args.output_len)
+    first = args.first or args.new
+    longest = first + (args.turns - 1) * args.new + args.turns * args.output_len
     transcripts: list[list[int]] = [[] for _ in range(args.conversations)]
     rounds = []
     with Stopwatch(
         model=args.model,
         dtype=args.dtype,
-        device_kv_tokens=args.resident * longest,
-        host_kv_tokens=2 * args.conversations * longest,
+        device_kv_tokens=args.resident * longest + SPARE,
+        host_kv_tokens=2 * args.conversations * longest + SPARE,
         tenant_host_share=TENANT_SHARE,
         park_grace=0.0,
         max_step_tokens=2048,
@@ -48,7 +49,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             timed, again, on_host = [], 0, engine.stats().swap_in_bytes
             for i, transcript in enumerate(transcripts):
                 name, parent = f"{i}, turn {turn}", f"{i}, turn {turn - 1}" if turn else None
-                tokens = transcript + prompt(rng, args.new)
+                new = args.new if turn else first
+                tokens = transcript + prompt(rng, new)
                 history = max(0, len(transcript) - 1)  # the last token that was said has no KV
                 lease = {} if args.resend else {"parent": parent, "leased": True}
                 (one,) = engine.run([request(name, tokens, args.output_len, **lease)])
@@ -57,15 +59,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 again += max(0, history - one.cached_tokens)
                 timed.append(one)
                 transcripts[i] = tokens + one.tokens
-            history = len(transcripts[0]) - args.new - args.output_len
-            samples = [
-                request(f"fresh {turn}.{i}", prompt(rng, history + args.new), 1) for i in range(FRESH_SAMPLES)
-            ]
+            sent = len(transcripts[0]) - args.output_len
+            samples = [request(f"fresh {turn}.{i}", prompt(rng, sent), 1) for i in range(args.fresh)]
             fresh = [engine.run([sample])[0].ttft for sample in samples]
             rounds.append(
                 {
                     "turn": turn + 1,
-                    "history_tokens": history,
+                    "history_tokens": sent - (args.new if turn else first),
                     "ttft_p50_s": median(one.ttft for one in timed),
                     "ttft_p99_s": percentile((one.ttft for one in timed), 0.99),
                     "fresh_ttft_s": median(fresh),
@@ -89,7 +89,9 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--resident", type=int, default=16, help="conversations with room on the device")
     parser.add_argument("--new", type=int, default=64, help="tokens that each turn brings")
+    parser.add_argument("--first", type=int, help="tokens of each first turn, where not the same")
     parser.add_argument("--output-len", type=int, default=32)
+    parser.add_argument("--fresh", type=int, default=3, help="histories computed anew in each round")
     parser.add_argument("--resend", action="store_true", help="without a parent, through the prefix cache")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
