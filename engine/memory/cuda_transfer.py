@@ -159,14 +159,17 @@ class CudaTransfer:
         )
 
     def _pieces(self, run: Run) -> list[_Piece]:
-        """The run in copies that fit into a batch."""
+        """The run in copies that fit into a batch, each within one chunk of the pinned pool."""
         lane = self._lanes[run.to_host]
         most = max(1, int(lane.bytes_per_second * _BATCH_SECONDS) // self._block_bytes)
         pieces = []
-        for i in range(0, len(run.tickets), most):
-            tickets = run.tickets[i : i + most]
+        i = 0
+        while i < len(run.tickets):
+            to_border = self._host.chunk_blocks - (run.host_start + i) % self._host.chunk_blocks
+            tickets = run.tickets[i : i + min(most, to_border)]
             copy = self._copy(run.to_host, run.device_start + i, run.host_start + i, len(tickets))
             pieces.append(_Piece(copy, tickets))
+            i += len(tickets)
         return pieces
 
     @staticmethod

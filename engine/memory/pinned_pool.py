@@ -39,7 +39,8 @@ class PinnedPool:
         self._block_bytes = layout.block_bytes
         # A chunk begins and ends both with a page and with a block.
         unit = math.lcm(layout.block_bytes, mmap.PAGESIZE)
-        self._chunk_blocks = -(-chunk_bytes // unit) * unit // layout.block_bytes
+        self.chunk_blocks = -(-chunk_bytes // unit) * unit // layout.block_bytes
+        """No copy may reach over a multiple of it."""
         size = -(-num_blocks * layout.block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self._memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._bytes = np.frombuffer(self._memory, np.uint8)
@@ -72,10 +73,10 @@ class PinnedPool:
         address = self._bytes.ctypes.data
         try:
             with ThreadPoolExecutor(_TOUCH_THREADS, thread_name_prefix="tidegate-touch") as threads:
-                for first in range(0, self.num_blocks, self._chunk_blocks):
+                for first in range(0, self.num_blocks, self.chunk_blocks):
                     if self._closed.is_set():
                         return
-                    end = min(first + self._chunk_blocks, self.num_blocks)
+                    end = min(first + self.chunk_blocks, self.num_blocks)
                     start_byte = first * self._block_bytes
                     end_byte = -(-end * self._block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
                     self._touch(threads, start_byte, end_byte)

@@ -118,8 +118,9 @@ def parking(report: Report) -> None:
         config = config_for(
             model,
             block_size=BLOCK,
-            max_model_len=256,
-            device_kv_tokens=512,
+            max_model_len=64,
+            # Less than the four need: who waits for credit makes room for the others.
+            device_kv_tokens=96,
             host_kv_tokens=1024,
             park_grace=0.0,
         )

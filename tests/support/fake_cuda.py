@@ -124,6 +124,8 @@ class FakeCuda:
         assert target.shape[1] == source.shape[1]
         half = target.shape[1] // 2
         for copy in copies:
+            self._check_pinning(target, copy.target, copy.length)
+            self._check_pinning(source, copy.source, copy.length)
             for i in range(copy.length):
                 assert 0 <= copy.target + i < len(target)
                 assert 0 <= copy.source + i < len(source)
@@ -133,6 +135,15 @@ class FakeCuda:
                             of
                         )
                     )
+
+    def _check_pinning(self, blocks: torch.Tensor, first: int, count: int) -> None:
+        """CUDA refuses a copy that begins in one pinned range and ends in another."""
+        start = blocks.data_ptr() + first * blocks.stride(0)
+        end = start + count * blocks.stride(0)
+        for address, num_bytes in self.pinned_ranges:
+            if address < end and start < address + num_bytes:
+                assert address <= start, "a copy reaches over the border of a pinned range"
+                assert end <= address + num_bytes, "a copy reaches over the border of a pinned range"
 
     def pin(self, address: int, num_bytes: int) -> None:
         assert address % mmap.PAGESIZE == num_bytes % mmap.PAGESIZE == 0

@@ -14,7 +14,7 @@ from tidegate.engine.memory.layout import BlockLayout
 from tidegate.engine.memory.pinned_pool import PinnedPool
 
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype=torch.float32)
-DEVICE_BLOCKS, HOST_BLOCKS = 12, 20
+DEVICE_BLOCKS, HOST_BLOCKS, CHUNK_BLOCKS = 12, 20, 4
 SEEDS = range(25)
 
 
@@ -24,7 +24,7 @@ class Rig:
     def __init__(self, seed: int, *, fenced: bool = True) -> None:
         self.gpu = FakeCuda(seed)
         self.pool = LAYOUT.allocate(DEVICE_BLOCKS, torch.device("cpu")).zero_()
-        self.host = PinnedPool(self.gpu, LAYOUT, HOST_BLOCKS)
+        self.host = PinnedPool(self.gpu, LAYOUT, HOST_BLOCKS, CHUNK_BLOCKS * LAYOUT.block_bytes)
         self.host.wait(HOST_BLOCKS)
         self.host_values = self.host.blocks.view(torch.float32)
         self.compute, self.step_done = self.gpu.stream(), self.gpu.event()
@@ -103,6 +103,22 @@ def test_blocks_go_and_come_back_byte_for_byte(seed):
     assert rig.finish(8) == dict.fromkeys(range(10, 18), True)
     for device in away:
         assert torch.equal(rig.pool[device], expected[device])
+    rig.transfer.close()
+
+
+@pytest.mark.parametrize("to_host", [True, False])
+def test_a_run_over_the_border_of_two_pinned_chunks_goes_in_pieces(to_host):
+    """CUDA refuses a copy that begins in one and ends in the other; so does the fake."""
+    rig = Rig(0)
+    values = torch.randn(rig.pool.shape)
+    source = rig.pool if to_host else rig.host_values.view(HOST_BLOCKS, *rig.pool.shape[1:])
+    target = rig.host_values.view(HOST_BLOCKS, *rig.pool.shape[1:]) if to_host else rig.pool
+    first_device, first_host, count = 1, CHUNK_BLOCKS - 2, 2 * CHUNK_BLOCKS
+    of, to = (first_device, first_host) if to_host else (first_host, first_device)
+    source[of : of + count].copy_(values[:count])
+    rig.transfer.submit([CopyOp(i, to_host, first_device + i, first_host + i) for i in range(count)])
+    assert rig.finish(count) == dict.fromkeys(range(count), True)
+    assert torch.equal(target[to : to + count], values[:count])
     rig.transfer.close()
 
 
