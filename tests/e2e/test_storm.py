@@ -79,27 +79,33 @@ async def grant_late(session: Session, request: Seen, channel: grpc.aio.Channel)
 
 
 async def start_twice(session: Session, request: Seen, channel: grpc.aio.Channel) -> None:
-    """The second time while the first is certainly under way: it has no credit to end."""
+    """While the first is certainly under way, having no credit to end: the same again changes nothing, and
+    other content is refused.
+    """
     await session.start(request)
+    await session.start(request, priority=3)
     await session.send(credit={"request_id": request.id, "upto": 10_000})
     await request.has_ended()
     assert session.rejections == ["REQUEST_ID_IN_USE"]
 
 
+OUT_OF_TIME = {"DEADLINE", "TIME_LIMIT", "WAIT_TOO_LONG", "MAX_TOKENS"}
 FATES = {
     "cancelled midway": Fate({"CANCELLED", "MAX_TOKENS"}, cancel_midway),
     "cancelled at once": Fate({"CANCELLED"}, cancel_at_once),
     "aborted": Fate({"CANCELLED", "MAX_TOKENS"}, abort),
     "granted late": Fate({"MAX_TOKENS"}, grant_late, {"credit": 3}),
-    "never granted": Fate({"DEADLINE", "TIME_LIMIT"}, fields={"credit": 3, "time_limit": {"seconds": 5}}),
-    "short of time": Fate({"DEADLINE", "TIME_LIMIT", "MAX_TOKENS"}, fields={"time_limit": {"seconds": 2}}),
-    "out of time": Fate({"DEADLINE", "TIME_LIMIT", "MAX_TOKENS"}, fields={"time_limit": {"nanos": 10**7}}),
+    "never granted": Fate(
+        {"DEADLINE", "TIME_LIMIT", "WAIT_TOO_LONG"}, fields={"credit": 3, "time_limit": {"seconds": 5}}
+    ),
+    "short of time": Fate(OUT_OF_TIME, fields={"time_limit": {"seconds": 2}}),
+    "out of time": Fate(OUT_OF_TIME, fields={"time_limit": {"nanos": 10**7}}),
     "started twice": Fate({"MAX_TOKENS"}, start_twice, {"credit": 1}),
     "invalid": Fate({"INVALID_REQUEST"}, fields={"sampling": {"top_p": 7.0}}),
 }
 UNDISTURBED = "undisturbed"
 # Past its deadline, gRPC's client itself may end an RPC.
-SHORT_OF_TIME = {"DEADLINE", "TIME_LIMIT", "DEADLINE_EXCEEDED", "MAX_TOKENS"}
+SHORT_OF_TIME = {*OUT_OF_TIME, "DEADLINE_EXCEEDED"}
 ENDS: dict[str, Collection[str]] = {
     UNDISTURBED: {"STOP_TOKEN", "MAX_TOKENS"},
     "generate left": {"CANCELLED", "MAX_TOKENS"},
@@ -193,7 +199,7 @@ class Storm:
             await session.start(self._undisturbed())
         await asyncio.gather(*acts)
         if self._random.random() < 0.5:
-            await session.call.done_writing()
+            await session.done_writing()
         else:
             await session.send(close={})
         await reading

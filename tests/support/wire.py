@@ -14,6 +14,9 @@ from front import read_error, read_status
 
 from tidegate.v1 import events_pb2, inference_pb2, inference_pb2_grpc, session_pb2
 
+ACK_TOKENS = 4000
+"""Fewer than half of what a server keeps."""
+
 
 @contextlib.asynccontextmanager
 async def connect(address: str, **options: int) -> AsyncGenerator[grpc.aio.Channel]:
@@ -80,8 +83,13 @@ class Session:
         self.rejections: list[str] = []
         self.was_told_to_go = False
         self._one_at_a_time = asyncio.Lock()
+        self._is_done = False
+        """The last command was sent."""
+        self._unacked: dict[str, int] = {}
+        self._num_unacked = 0
 
     async def send(self, **command: Any) -> None:
+        self._is_done = self._is_done or "close" in command
         async with self._one_at_a_time:
             await self.call.write(session_pb2.SessionRequest(**command))
 
@@ -99,14 +107,25 @@ class Session:
             await self._take(response)
         assert await self.call.code() == grpc.StatusCode.OK
 
+    async def done_writing(self) -> None:
+        """Close the client's half of the stream."""
+        async with self._one_at_a_time:
+            self._is_done = True
+            await self.call.done_writing()
+
     async def _ack(self, batch: events_pb2.Batch) -> None:
-        """What arrived is held."""
-        acks = [
-            {"request_id": d.request_id, "choice": d.choice, "upto": d.offset + len(d.token_ids)}
-            for d in batch.deltas
-        ]
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            await self.send(commands={"commands": [{"ack": ack} for ack in acks]})
+        """What arrived is held. Said now and then, and not behind the last word: a write to a stream that
+        the server has just ended would make gRPC forget how it ended.
+        """
+        for delta in batch.deltas:
+            self._unacked[delta.request_id] = delta.offset + len(delta.token_ids)
+        self._num_unacked += sum(len(delta.token_ids) for delta in batch.deltas)
+        if self._num_unacked < ACK_TOKENS or self._is_done:
+            return
+        acks = [{"ack": {"request_id": name, "upto": upto}} for name, upto in self._unacked.items()]
+        self._unacked.clear()
+        self._num_unacked = 0
+        await self.send(commands={"commands": acks})
 
     async def _take(self, response: session_pb2.SessionResponse) -> None:
         match response.WhichOneof("event"):
