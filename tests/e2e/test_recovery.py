@@ -5,6 +5,7 @@ How often CI lets it happen is little; ``TIDEGATE_KILLS`` and ``TIDEGATE_SIGTERM
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -32,6 +33,9 @@ RECOVERED = events_pb2.PROGRESS_KIND_RECOVERED
 ENGINE = ("demo", "--dtype", "float32", "--block-size", "16", "--device-kv-tokens", "32768")
 """With room for all streams at their full length, in the type in which tokens do not depend on the batch."""
 
+NUMBERS = itertools.count()
+"""An id names one request: the same again would only be read again."""
+
 Serve = Callable[..., Served]
 
 
@@ -39,7 +43,7 @@ def stories(number: int, max_tokens: int) -> list[Seen]:
     """Prompts of several lengths; every other one greedy, the others with a seed."""
     return [
         Seen(
-            f"story {index}",
+            f"story {next(NUMBERS)}",
             "",
             {
                 "prompt": {"text": f"Tell me a story about number {index}. " * (1 + index % 5)},
