@@ -6,6 +6,7 @@ Knows no gRPC and imports no torch, so that a front stays light. The tokenizer i
 
 import asyncio
 import codecs
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -231,6 +232,9 @@ class Detokenizer(Protocol):
     def flush(self) -> str:
         """The rest, at the end: broken characters as U+FFFD."""
 
+    def copy(self) -> "Detokenizer":
+        """Another one, that stands where this one does."""
+
 
 class _ByteLevelDetokenizer:
     """Byte-level BPE: a token is bytes, so decoding is that of UTF-8, exact and O(1) a token."""
@@ -238,7 +242,13 @@ class _ByteLevelDetokenizer:
     def __init__(self, text: Text, skip_special_tokens: bool) -> None:
         self._text = text
         self._skip = skip_special_tokens
-        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decode = self._decoder.decode
+
+    def copy(self) -> "_ByteLevelDetokenizer":
+        twin = _ByteLevelDetokenizer(self._text, self._skip)
+        twin._decoder.setstate(self._decoder.getstate())
+        return twin
 
     def push(self, token_id: int) -> str:
         if self._skip and self._text.is_special(token_id):
@@ -263,6 +273,11 @@ class _WindowDetokenizer:
         self._head = 0
         """[0, head) of the window has been given out."""
         self._head_text = ""
+
+    def copy(self) -> "_WindowDetokenizer":
+        twin = copy.copy(self)
+        twin._window = list(self._window)
+        return twin
 
     def push(self, token_id: int) -> str:
         if self._skip and self._text.is_special(token_id):
@@ -349,6 +364,12 @@ class TextStream:
             parts.append(self._end())
         return TextDelta("".join(parts), self.num_tokens - before, self.stop)
 
+    def copy(self) -> "TextStream":
+        """Another stream, that stands where this one does."""
+        twin = copy.copy(self)
+        twin._detokenizer = self._detokenizer.copy()
+        return twin
+
     def flush(self) -> str:
         """All that is held back, for a choice that ends without more tokens."""
         return self._end()
@@ -382,19 +403,20 @@ class TextStream:
 
     def _match(self, new_text: str) -> str:
         """What can be said once ``new_text`` is known: up to a stop string, or to what may become one."""
-        if self._stops is None or not new_text:
+        stops = self._stops
+        if stops is None or not new_text or (not self._held and stops.beginnings.isdisjoint(new_text)):
             return new_text
         text = self._held + new_text
         position = len(self._held)
         matched: str | None
         for char in new_text:
             position += 1
-            self._state, matched = self._stops.step(self._state, char)
+            self._state, matched = stops.step(self._state, char)
             if matched is not None and self.num_tokens >= self._min_tokens:
                 self.stop = StopMatch(matched, self.num_tokens)
                 self._held = ""
                 return text[: position if self._include_stop else position - len(matched)]
-        keep = len(text) - self._stops.depth[self._state]
+        keep = len(text) - stops.depth[self._state]
         self._held = text[keep:]
         return text[:keep]
 
@@ -411,6 +433,8 @@ class _StopAutomaton:
         self._fail = [0]
         self._matched: list[str | None] = [None]
         self.depth = [0]
+        self.beginnings = frozenset(stop[0] for stop in stops)
+        """Text without any of these, behind text that holds nothing back, is in no stop string."""
         for stop in stops:
             self._insert(stop)
         # Breadth first: a state's fallback is shallower than the state.

@@ -7,9 +7,9 @@ Output offsets, as half-open intervals::
     [0, sent)            given to the stream
     [0, len(token_ids))  computed, and counts
 
-Text is not kept. What a healthy stream takes at once is made when the tokens arrive, since stop strings
-have to be found then; for a stream that is behind, or that comes back, it is made again from the tokens,
-and is the same: the text up to an offset depends on the tokens up to there alone.
+Text is made when the tokens arrive, since stop strings have to be found then, and a healthy stream takes
+it at once. For a stream that is far behind, or that comes back, it is made again from the tokens, and is
+the same: the text up to an offset depends on the tokens up to there alone.
 """
 
 from array import array
@@ -40,13 +40,16 @@ class Choice:
     __slots__ = (
         "_changes",
         "_end_is_sent",
+        "_is_behind",
         "_logprobs",
         "_logprobs_from",
         "_params",
         "_progress",
         "_replay",
         "_text",
+        "_text_upto",
         "_waiting_text",
+        "_weight",
         "acked",
         "delivered",
         "end",
@@ -78,10 +81,15 @@ class Choice:
         self._text = text
         self._params = params
         self._changes: list[_StopChange] = []
-        self._waiting_text: str | None = ""
-        """Of [sent, end), where nothing was dropped; None: to be made again."""
+        self._waiting_text = ""
+        """Of [sent, _text_upto)."""
+        self._text_upto = self.num_given
+        self._is_behind = False
+        """Text of what stands behind ``_text_upto`` was not kept, and is to be made again."""
         self._replay: TextStream | None = None
-        """Stands at ``sent`` while text is made again."""
+        """Stands at ``_text_upto`` while the choice is behind; None: still to be made from the beginning."""
+        self._weight = 1 + (params.logprobs or 0)
+        """A token's part of a message's size, where each alternative counts as one."""
         self._logprobs: list[bytes] = []
         self._logprobs_from = self.num_given
         self._progress: list[tuple[int, Progress]] = []
@@ -100,20 +108,26 @@ class Choice:
 
         ``keep_text``: there is a stream that will soon ask for it.
         """
+        if not keep_text:
+            self._fall_behind()
         added = self.stream.push(token_ids, reason)
         if added.num_tokens < len(token_ids):
             token_ids = token_ids[: added.num_tokens]
         self.token_ids.extend(token_ids)
         if logprobs:
             self._logprobs += map(_pack, logprobs[: added.num_tokens])
-        self._add_text(added.text, keep_text)
+        if not self._is_behind:
+            self._waiting_text += added.text
+            self._text_upto = len(self.token_ids)
         return added
 
-    def flush(self, keep_text: bool) -> str:
+    def flush(self, keep_text: bool) -> None:
         """The choice ends without more tokens: what was held back is text now."""
+        if not keep_text:
+            self._fall_behind()
         text = self.stream.flush()
-        self._add_text(text, keep_text)
-        return text
+        if not self._is_behind:
+            self._waiting_text += text
 
     def note(self, progress: Progress) -> None:
         self._progress.append((len(self.token_ids), progress))
@@ -121,7 +135,9 @@ class Choice:
     def change_stops(self, stops: tuple[str, ...]) -> None:
         """Other stop strings, from the next token on."""
         self._changes.append(_StopChange(len(self.token_ids), stops))
-        self._add_text(self.stream.change_stops(stops), keep_text=True)
+        text = self.stream.change_stops(stops)
+        if not self._is_behind:
+            self._waiting_text += text
 
     # What leaves.
 
@@ -136,15 +152,16 @@ class Choice:
 
     def take(self, room: int) -> Delta | None:
         """What is new, as far as there is room for it; None where nothing is."""
-        if self._params.logprobs:
-            room = max(1, room // (1 + self._params.logprobs))
         start, stop = self.sent, len(self.token_ids)
-        ends = self.end is not None and not self._end_is_sent
-        if stop - start > room:
-            self.forget_text()
-            stop, ends = start + room, False
-        elif start == stop and not ends and not self._waiting_text:
+        is_last = self.end is not None and not self._end_is_sent
+        if start == stop and not is_last and not self._waiting_text:
             return None
+        if self._has_kept_text:
+            # Not cut to the room: so much text does not wait.
+            stop, ends = self._text_upto, is_last and not self._is_behind
+        else:
+            stop = min(stop, start + max(1, room // self._weight))
+            ends = is_last and stop == len(self.token_ids)
         token_ids = self.token_ids[start:stop]
         reason = self.end.reason if ends and self.end is not None else None
         text = self._take_text(token_ids, reason)
@@ -183,33 +200,38 @@ class Choice:
         self.forget_text()
 
     def forget_text(self) -> None:
-        """Make the text from here on again when it is asked for."""
-        self._waiting_text = None
+        """Make the text from ``sent`` on again, from the beginning of all, when it is asked for."""
+        self._waiting_text, self._text_upto = "", self.sent
+        self._is_behind, self._replay = bool(self.token_ids), None
 
     @property
     def waiting_chars(self) -> int:
-        return len(self._waiting_text or "")
+        return len(self._waiting_text)
 
     # Inside.
 
-    def _add_text(self, text: str, keep_text: bool) -> None:
-        if not keep_text:
-            self.forget_text()
-        elif self._waiting_text is not None:
-            self._waiting_text += text
+    @property
+    def _has_kept_text(self) -> bool:
+        """Whether the text that comes next was kept when its tokens arrived."""
+        return not self._is_behind or self._text_upto > self.sent or bool(self._waiting_text)
+
+    def _fall_behind(self) -> None:
+        """Keep no text of what comes from here on."""
+        if not self._is_behind:
+            self._is_behind, self._replay = True, self.stream.copy()
 
     def _take_text(self, token_ids: Sequence[int], reason: FinishReason | None) -> str:
         """The text of the tokens from ``sent`` on; with a reason, of all that was held back, too."""
-        if self._waiting_text is not None:
+        if self._has_kept_text:
             text, self._waiting_text = self._waiting_text, ""
-            self._replay = None
             return text
-        if self._replay is None or self._replay.num_tokens != self.sent:
+        if self._replay is None:
             self._replay = TextStream(self._text, self._params)
             self._retrace(self._replay, 0, self.token_ids[: self.sent])
         text = self._retrace(self._replay, self.sent, token_ids, reason)
-        if self.sent + len(token_ids) == len(self.token_ids):
-            self._waiting_text, self._replay = "", None
+        self._text_upto = self.sent + len(token_ids)
+        if self._text_upto == len(self.token_ids):
+            self._is_behind, self._replay = False, None
         return text
 
     def _retrace(

@@ -344,12 +344,13 @@ class Generation:
         if self._first_token_at is None:
             self._first_token_at = time.monotonic()
         listener = self.listener
-        added = choice.push(delta.token_ids, delta.logprobs, reason, listener is not None)
-        if listener is not None:
-            listener.waiting_chars += len(added.text)
-            if listener.waiting_chars > WAITING_CHARS:
-                listener.waiting_chars -= choice.waiting_chars
-                choice.forget_text()
+        if listener is None:
+            added = choice.push(delta.token_ids, delta.logprobs, reason, keep_text=False)
+        else:
+            waiting = choice.waiting_chars
+            keep_text = listener.waiting_chars < WAITING_CHARS
+            added = choice.push(delta.token_ids, delta.logprobs, reason, keep_text)
+            listener.waiting_chars += choice.waiting_chars - waiting
             listener.mark(self)
         if added.stop is not None:
             reason = FinishReason.STOP_STRING
@@ -418,9 +419,10 @@ class Generation:
 
     def _end_choice(self, choice: Choice, reason: FinishReason) -> None:
         """End a choice behind its last token, with the text that was held back."""
-        text = choice.flush(keep_text=self.listener is not None)
+        waiting = choice.waiting_chars
+        choice.flush(keep_text=self.listener is not None)
         if self.listener is not None:
-            self.listener.waiting_chars += len(text)
+            self.listener.waiting_chars += choice.waiting_chars - waiting
         if choice.stream.stop is not None:
             reason = FinishReason.STOP_STRING
         self._decide(choice, reason)
