@@ -43,6 +43,7 @@ class Text:
         )
         self._is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._token_bytes: dict[int, bytes] = {}
+        self._whole_texts: tuple[dict[int, str], dict[int, str]] = ({}, {})
         self._pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="text")
 
     @classmethod
@@ -215,6 +216,10 @@ class Text:
             self._token_bytes[token_id] = known
         return known
 
+    def whole_texts(self, skip_special_tokens: bool) -> dict[int, str]:
+        """The text of byte-level tokens that are whole characters, as far as they have been met."""
+        return self._whole_texts[skip_special_tokens]
+
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -244,16 +249,29 @@ class _ByteLevelDetokenizer:
         self._skip = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._decode = self._decoder.decode
+        self._whole = text.whole_texts(skip_special_tokens)
+        """Of tokens that are whole characters: between such, nothing has to be decoded."""
+        self._is_between = True
+        """Whether no character is begun."""
 
     def copy(self) -> "_ByteLevelDetokenizer":
         twin = _ByteLevelDetokenizer(self._text, self._skip)
         twin._decoder.setstate(self._decoder.getstate())
+        twin._is_between = self._is_between
         return twin
 
     def push(self, token_id: int) -> str:
+        if self._is_between:
+            whole = self._whole.get(token_id)
+            if whole is not None:
+                return whole
         if self._skip and self._text.is_special(token_id):
             return ""
-        return self._decode(self._text.token_bytes(token_id))
+        text = self._decode(self._text.token_bytes(token_id))
+        was_between, self._is_between = self._is_between, not self._decoder.getstate()[0]
+        if was_between and self._is_between:
+            self._whole[token_id] = text
+        return text
 
     def flush(self) -> str:
         return self._decode(b"", True)
@@ -374,6 +392,14 @@ class TextStream:
         """All that is held back, for a choice that ends without more tokens."""
         return self._end()
 
+    def push_step(self, token_id: int) -> str:
+        """``push`` of one token behind which the engine goes on: the usual step, which is to be fast."""
+        self.num_tokens += 1
+        text = self._detokenizer.push(token_id)
+        if self._stops is None or (not self._held and self._stops.beginnings.isdisjoint(text)):
+            return text
+        return self._match(text)
+
     def change_stops(self, stops: tuple[str, ...]) -> str:
         """Other stop strings, from the next token on; the text that only the old ones held back.
 
@@ -404,7 +430,7 @@ class TextStream:
     def _match(self, new_text: str) -> str:
         """What can be said once ``new_text`` is known: up to a stop string, or to what may become one."""
         stops = self._stops
-        if stops is None or not new_text or (not self._held and stops.beginnings.isdisjoint(new_text)):
+        if stops is None or not new_text:
             return new_text
         text = self._held + new_text
         position = len(self._held)

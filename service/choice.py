@@ -48,7 +48,6 @@ class Choice:
         "_replay",
         "_text",
         "_text_upto",
-        "_waiting_text",
         "_weight",
         "acked",
         "delivered",
@@ -60,6 +59,7 @@ class Choice:
         "sent",
         "stream",
         "token_ids",
+        "waiting_text",
     )
 
     def __init__(
@@ -81,7 +81,7 @@ class Choice:
         self._text = text
         self._params = params
         self._changes: list[_StopChange] = []
-        self._waiting_text = ""
+        self.waiting_text = ""
         """Of [sent, _text_upto)."""
         self._text_upto = self.num_given
         self._is_behind = False
@@ -97,6 +97,16 @@ class Choice:
 
     # What arrives.
 
+    def push_step(self, token_id: int) -> str | None:
+        """``push`` of one token, in the usual case: its text; None, and nothing done, in any other one."""
+        if self._is_behind or self.end is not None:
+            return None
+        text = self.stream.push_step(token_id)
+        self.token_ids.append(token_id)
+        self.waiting_text += text
+        self._text_upto += 1
+        return text
+
     def push(
         self,
         token_ids: list[int],
@@ -111,14 +121,15 @@ class Choice:
         if not keep_text:
             self._fall_behind()
         added = self.stream.push(token_ids, reason)
+        log = self.token_ids
         if added.num_tokens < len(token_ids):
             token_ids = token_ids[: added.num_tokens]
-        self.token_ids.extend(token_ids)
+        log.extend(token_ids)
         if logprobs:
             self._logprobs += map(_pack, logprobs[: added.num_tokens])
         if not self._is_behind:
-            self._waiting_text += added.text
-            self._text_upto = len(self.token_ids)
+            self.waiting_text += added.text
+            self._text_upto = len(log)
         return added
 
     def flush(self, keep_text: bool) -> None:
@@ -127,7 +138,7 @@ class Choice:
             self._fall_behind()
         text = self.stream.flush()
         if not self._is_behind:
-            self._waiting_text += text
+            self.waiting_text += text
 
     def note(self, progress: Progress) -> None:
         self._progress.append((len(self.token_ids), progress))
@@ -137,7 +148,7 @@ class Choice:
         self._changes.append(_StopChange(len(self.token_ids), stops))
         text = self.stream.change_stops(stops)
         if not self._is_behind:
-            self._waiting_text += text
+            self.waiting_text += text
 
     # What leaves.
 
@@ -145,26 +156,40 @@ class Choice:
     def has_news(self) -> bool:
         return (
             self.sent < len(self.token_ids)
-            or bool(self._waiting_text)
+            or bool(self.waiting_text)
             or (self.end is not None and not self._end_is_sent)
             or bool(self._progress)
         )
+
+    def take_step(self) -> Delta | None:
+        """What is new, in the usual case; None where there is more to it than tokens and their text."""
+        if self._is_behind or self._progress or self._logprobs or self.end is not None:
+            return None
+        start, text = self.sent, self.waiting_text
+        token_ids = self.token_ids[start:]
+        if not token_ids:
+            return None
+        self.sent = start + len(token_ids)
+        self.waiting_text = ""
+        return Delta(self.request_id, self.index, start, token_ids, text, None, None)
 
     def take(self, room: int) -> Delta | None:
         """What is new, as far as there is room for it; None where nothing is."""
         start, stop = self.sent, len(self.token_ids)
         is_last = self.end is not None and not self._end_is_sent
-        if start == stop and not is_last and not self._waiting_text:
+        if start == stop and not is_last and not self.waiting_text:
             return None
         if self._has_kept_text:
             # Not cut to the room: so much text does not wait.
             stop, ends = self._text_upto, is_last and not self._is_behind
+            text, self.waiting_text = self.waiting_text, ""
+            token_ids = self.token_ids[start:stop]
         else:
             stop = min(stop, start + max(1, room // self._weight))
             ends = is_last and stop == len(self.token_ids)
-        token_ids = self.token_ids[start:stop]
+            token_ids = self.token_ids[start:stop]
+            text = self._text_again(token_ids, ends)
         reason = self.end.reason if ends and self.end is not None else None
-        text = self._take_text(token_ids, reason)
         self.sent = stop
         self._end_is_sent = self._end_is_sent or ends
         logprobs = None
@@ -173,10 +198,12 @@ class Choice:
             logprobs = [_unpack(packed) for packed in self._logprobs[start - offset : stop - offset]]
         return Delta(self.request_id, self.index, start, token_ids, text, logprobs, reason)
 
+    @property
+    def has_progress(self) -> bool:
+        return bool(self._progress)
+
     def take_progress(self) -> tuple[list[Progress], list[Progress]]:
         """What happened before the next token that the stream gets, and what happened behind it."""
-        if not self._progress:
-            return [], []
         before = [progress for offset, progress in self._progress if offset <= self.sent]
         behind = [progress for offset, progress in self._progress if offset > self.sent]
         self._progress.clear()
@@ -201,33 +228,27 @@ class Choice:
 
     def forget_text(self) -> None:
         """Make the text from ``sent`` on again, from the beginning of all, when it is asked for."""
-        self._waiting_text, self._text_upto = "", self.sent
+        self.waiting_text, self._text_upto = "", self.sent
         self._is_behind, self._replay = bool(self.token_ids), None
-
-    @property
-    def waiting_chars(self) -> int:
-        return len(self._waiting_text)
 
     # Inside.
 
     @property
     def _has_kept_text(self) -> bool:
         """Whether the text that comes next was kept when its tokens arrived."""
-        return not self._is_behind or self._text_upto > self.sent or bool(self._waiting_text)
+        return not self._is_behind or self._text_upto > self.sent or bool(self.waiting_text)
 
     def _fall_behind(self) -> None:
         """Keep no text of what comes from here on."""
         if not self._is_behind:
             self._is_behind, self._replay = True, self.stream.copy()
 
-    def _take_text(self, token_ids: Sequence[int], reason: FinishReason | None) -> str:
-        """The text of the tokens from ``sent`` on; with a reason, of all that was held back, too."""
-        if self._has_kept_text:
-            text, self._waiting_text = self._waiting_text, ""
-            return text
+    def _text_again(self, token_ids: Sequence[int], ends: bool) -> str:
+        """The text of the tokens from ``sent`` on; where the choice ends, of all that was held back, too."""
         if self._replay is None:
             self._replay = TextStream(self._text, self._params)
             self._retrace(self._replay, 0, self.token_ids[: self.sent])
+        reason = self.end.reason if ends and self.end is not None else None
         text = self._retrace(self._replay, self.sent, token_ids, reason)
         self._text_upto = self.sent + len(token_ids)
         if self._text_upto == len(self.token_ids):

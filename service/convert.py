@@ -43,23 +43,21 @@ def admitted(event: events.Admitted) -> events_pb2.Admitted:
     )
 
 
-def batch(deltas: Iterable[events.Delta]) -> events_pb2.Batch:
-    return events_pb2.Batch(deltas=map(delta, deltas))
-
-
-def delta(event: events.Delta) -> events_pb2.Delta:
-    message = events_pb2.Delta(
-        request_id=event.request_id,
-        choice=event.choice,
-        offset=event.offset,
-        token_ids=event.token_ids,
-        text=event.text,
-    )
-    if event.logprobs:
-        message.logprobs.extend(map(position_logprobs, event.logprobs))
-    if event.finish_reason is not None:
-        message.finish_reason = FINISH_REASONS[event.finish_reason]
-    return message
+def fill_batch(batch: events_pb2.Batch, deltas: Iterable[events.Delta]) -> None:
+    """In place, since a message that is built apart is copied into the one that holds it."""
+    add = batch.deltas.add
+    for event in deltas:
+        message = add(
+            request_id=event.request_id,
+            choice=event.choice,
+            offset=event.offset,
+            token_ids=event.token_ids,
+            text=event.text,
+        )
+        if event.logprobs:
+            message.logprobs.extend(map(position_logprobs, event.logprobs))
+        if event.finish_reason is not None:
+            message.finish_reason = FINISH_REASONS[event.finish_reason]
 
 
 def position_logprobs(position: messages.PositionLogprobs) -> events_pb2.PositionLogprobs:

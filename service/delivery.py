@@ -63,8 +63,9 @@ class Delivery:
         """There is something to take of this request."""
         if not source.is_marked:
             source.is_marked = True
+            if not self._ready:
+                self._wake()
             self._ready.append(source)
-            self._wake()
 
     def close(self, failure: Failure | None = None) -> None:
         """Nothing comes any more; the first close counts. With a failure, the stream ends with it."""

@@ -281,21 +281,31 @@ class Generation:
 
     def collect(self, flush: Flush) -> None:
         """What is new goes into the flush, as far as there is room."""
+        listener = self.listener
+        if self.end is None and self._admitted_is_sent and len(self._choices) == 1 and listener is not None:
+            step = self._choices[0].take_step()
+            if step is not None:
+                listener.waiting_chars -= len(step.text)
+                flush.room -= len(step.token_ids)
+                flush.deltas.append(step)
+                return
         if self._admitted is not None and not self._admitted_is_sent:
             self._admitted_is_sent = True
             flush.before.append(self._admitted)
         has_more = False
         for choice in self._choices:
-            before, behind = choice.take_progress()
-            flush.before += before
+            behind: list[Progress] = []
+            if choice.has_progress:
+                before, behind = choice.take_progress()
+                flush.before += before
             if flush.room > 0:
-                waiting = choice.waiting_chars
+                waiting = len(choice.waiting_text)
                 delta = choice.take(flush.room)
-                if self.listener is not None:
-                    self.listener.waiting_chars -= waiting - choice.waiting_chars
                 if delta is not None:
+                    if listener is not None:
+                        listener.waiting_chars -= waiting - len(choice.waiting_text)
                     flush.deltas.append(delta)
-                    flush.room -= delta.weight
+                    flush.room -= len(delta.token_ids) if delta.logprobs is None else delta.weight
             flush.after += behind
             has_more = has_more or choice.has_news
         if has_more:
@@ -335,7 +345,7 @@ class Generation:
 
     def on_delta(self, delta: messages.Delta, reason: FinishReason | None) -> None:
         """``reason``: why the engine ended the choice behind these tokens, where it did so in this step."""
-        choice = self._choices[delta.choice]
+        choice, listener = self._choices[delta.choice], self.listener
         if choice.end is not None:
             return
         if delta.offset != len(choice.token_ids):
@@ -343,15 +353,32 @@ class Generation:
             return
         if self._first_token_at is None:
             self._first_token_at = time.monotonic()
-        listener = self.listener
+        if (
+            reason is None
+            and listener is not None
+            and listener.waiting_chars < WAITING_CHARS
+            and len(delta.token_ids) == 1
+            and delta.logprobs is None
+            and (text := choice.push_step(delta.token_ids[0])) is not None
+        ):
+            listener.waiting_chars += len(text)
+            if not self.is_marked:
+                listener.mark(self)
+            if choice.stream.stop is not None:
+                self._finish_in_engine(FinishReason.STOP_STRING, choice)
+                self._decide(choice, FinishReason.STOP_STRING)
+            elif len(choice.token_ids) >= self._raise_at:
+                self._ask_for_room()
+            return
         if listener is None:
             added = choice.push(delta.token_ids, delta.logprobs, reason, keep_text=False)
         else:
-            waiting = choice.waiting_chars
+            waiting = len(choice.waiting_text)
             keep_text = listener.waiting_chars < WAITING_CHARS
             added = choice.push(delta.token_ids, delta.logprobs, reason, keep_text)
-            listener.waiting_chars += choice.waiting_chars - waiting
-            listener.mark(self)
+            listener.waiting_chars += len(choice.waiting_text) - waiting
+            if not self.is_marked:
+                listener.mark(self)
         if added.stop is not None:
             reason = FinishReason.STOP_STRING
             self._finish_in_engine(reason, choice)
@@ -388,7 +415,7 @@ class Generation:
 
     def _set_listener(self, delivery: Delivery | None) -> None:
         if self.listener is not None:
-            self.listener.waiting_chars -= sum(choice.waiting_chars for choice in self._choices)
+            self.listener.waiting_chars -= sum(len(choice.waiting_text) for choice in self._choices)
         for choice in self._choices:
             choice.forget_text()
         self.listener = delivery
@@ -419,10 +446,10 @@ class Generation:
 
     def _end_choice(self, choice: Choice, reason: FinishReason) -> None:
         """End a choice behind its last token, with the text that was held back."""
-        waiting = choice.waiting_chars
+        waiting = len(choice.waiting_text)
         choice.flush(keep_text=self.listener is not None)
         if self.listener is not None:
-            self.listener.waiting_chars += choice.waiting_chars - waiting
+            self.listener.waiting_chars += len(choice.waiting_text) - waiting
         if choice.stream.stop is not None:
             reason = FinishReason.STOP_STRING
         self._decide(choice, reason)

@@ -329,15 +329,17 @@ class Hub:
             for finished in output.finished
             if finished.reason is not FinishReason.ERROR
         }
+        has_suspects, on_tokens = bool(self._quarantine), self.observer.on_tokens
         for delta in output.deltas:
-            if self._quarantine:
+            if has_suspects:
                 self._quarantine.clear(delta.request_id, delta.choice)
             if generation := self._submitted.get(delta.request_id):
-                self.observer.on_tokens(generation, delta.choice, len(delta.token_ids))
+                on_tokens(generation, delta.choice, len(delta.token_ids))
                 try:
                     if failpoints.ARMED:
                         failpoints.reach("output", delta.token_ids)
-                    generation.on_delta(delta, reasons.get((delta.request_id, delta.choice)))
+                    reason = reasons.get((delta.request_id, delta.choice)) if reasons else None
+                    generation.on_delta(delta, reason)
                 except Exception as error:  # noqa: BLE001  one request's text must not end the others
                     log_unexpected("output of a request failed", error, request_id=generation.request_id)
                     generation.fail(Failure.internal())

@@ -81,7 +81,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 def _response(event: events.Event) -> inference_pb2.GenerateResponse:
     match event:
         case list():
-            return inference_pb2.GenerateResponse(batch=convert.batch(event))
+            response = inference_pb2.GenerateResponse()
+            convert.fill_batch(response.batch, event)
+            return response
         case events.Admitted():
             return inference_pb2.GenerateResponse(admitted=convert.admitted(event))
         case events.Progress():

@@ -33,6 +33,8 @@ class Observers(Observer):
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
+        # Told of every token, and so those alone that do something with it.
+        self._of_tokens = [one for one in observers if type(one).on_tokens is not Observer.on_tokens]
 
     def on_open(self, generation: Generation) -> None:
         for observer in self._observers:
@@ -43,7 +45,7 @@ class Observers(Observer):
             observer.on_admitted(generation)
 
     def on_tokens(self, generation: Generation, choice: int, number: int) -> None:
-        for observer in self._observers:
+        for observer in self._of_tokens:
             observer.on_tokens(generation, choice, number)
 
     def on_progress(self, generation: Generation, choice: int, kind: ProgressKind) -> None:

@@ -312,7 +312,9 @@ class Session:
     def response(self, event: events.Event) -> SessionResponse:
         match event:
             case list():
-                return SessionResponse(batch=convert.batch(event))
+                response = SessionResponse()
+                convert.fill_batch(response.batch, event)
+                return response
             case events.Admitted():
                 return SessionResponse(admitted=convert.admitted(event))
             case events.Progress():

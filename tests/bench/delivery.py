@@ -44,7 +44,7 @@ from tidegate.engine.process import ProcessClient
 from tidegate.engine.request import Request
 from tidegate.engine.text import Text
 from tidegate.service.admission import AdmissionLimits
-from tidegate.service.server import start_server
+from tidegate.service.server import spare_collector, start_server
 from tidegate.v1 import inference_pb2, inference_pb2_grpc, session_pb2
 
 STAMPS = 1024
@@ -52,8 +52,8 @@ STAMPS = 1024
 MAX_MODEL_LEN = 10_000_000
 STOPS = ("\n\nUser:", "<|stop|>", "###")
 CREDIT = 4096
-ACK_EVERY = 32
-"""Batches."""
+ACK_TOKENS = 1280
+"""An eighth of what a session may owe."""
 
 
 class TimedCore:
@@ -140,6 +140,7 @@ async def front(address: str) -> None:
     server = await start_server(
         engine, text, addresses=[address], admission=AdmissionLimits(max_waiting=20_000)
     )
+    spare_collector()
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     await server.stop()
@@ -157,13 +158,15 @@ class Meter:
         self.weights: array[int] = array("q")
         self._stamps = _stamps()
 
-    def take(self, deltas: Any) -> None:
+    def take(self, deltas: Any) -> int:
+        """How many tokens these were."""
         now = time.monotonic_ns()
         number = sum(len(delta.token_ids) for delta in deltas)
         self.tokens += number
         self.messages += 1
         self.latencies.append(now - self._stamps[deltas[0].token_ids[0]])
         self.weights.append(number)
+        return number
 
     def percentile(self, part: float) -> float:
         """Milliseconds, of tokens."""
@@ -191,25 +194,26 @@ async def session(address: str, number: int, requests: int, meter: Meter) -> Non
                 "credit": CREDIT,
             }
             await call.write(session_pb2.SessionRequest(start=start))
-        batches = 0
+        unacked = 0
+        granted = dict.fromkeys((f"{number}-{index}" for index in range(requests)), CREDIT)
         try:
             while isinstance(response := await call.read(), session_pb2.SessionResponse):
                 if response.WhichOneof("event") != "batch":
                     continue
                 deltas = response.batch.deltas
-                meter.take(deltas)
-                batches += 1
-                if batches % ACK_EVERY == 0:
-                    commands = session_pb2.Commands()
-                    for delta in deltas:
-                        request_id, upto = delta.request_id, delta.offset + len(delta.token_ids)
-                        commands.commands.add().ack.MergeFrom(
-                            session_pb2.Ack(request_id=request_id, upto=upto)
-                        )
-                        if upto // (ACK_EVERY * 8) != (upto - ACK_EVERY) // (ACK_EVERY * 8):
-                            credit = session_pb2.Credit(request_id=request_id, upto=upto + CREDIT)
-                            commands.commands.add().credit.MergeFrom(credit)
-                    await call.write(session_pb2.SessionRequest(commands=commands))
+                unacked += meter.take(deltas)
+                if unacked < ACK_TOKENS:
+                    continue
+                unacked = 0
+                message = session_pb2.SessionRequest()
+                add = message.commands.commands.add
+                for delta in deltas:
+                    request_id, upto = delta.request_id, delta.offset + len(delta.token_ids)
+                    add(ack={"request_id": request_id, "upto": upto})
+                    if granted[request_id] - upto < CREDIT // 2:
+                        granted[request_id] = upto + CREDIT
+                        add(credit={"request_id": request_id, "upto": upto + CREDIT})
+                await call.write(message)
         finally:
             call.cancel()
 

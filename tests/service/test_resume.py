@@ -291,7 +291,7 @@ async def test_a_slow_readers_logs_and_texts_stay_below_64_kb(front: Front) -> N
     full = held._pool.capacity
     await until(lambda: held._pool.used == full and all(c.stalled for c in front.engine.running))
     logs = sum(
-        choice.token_ids.itemsize * (len(choice.token_ids) - choice.acked) + choice.waiting_chars
+        choice.token_ids.itemsize * (len(choice.token_ids) - choice.acked) + len(choice.waiting_text)
         for generation in held._requests.values()
         for choice in generation._choices
     )
