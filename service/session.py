@@ -147,16 +147,22 @@ class Session:
                 if generation := self._requests.get(request.cancel.request_id):
                     generation.cancel()
             case "commands":
-                for one in request.commands.commands:
-                    if one.WhichOneof("command") == "commands":
-                        raise Failure("UNKNOWN_COMMAND", "a list of commands holds another one")
-                    self.obey(one)
+                self._obey_all(request.commands)
             case "close":
                 self.is_closing = True
             case "open":
                 raise Failure("ALREADY_OPEN", "the session is open already")
             case _:
                 raise Failure("UNKNOWN_COMMAND", "a message holds no command that this server knows")
+
+    def _obey_all(self, commands: session_pb2.Commands) -> None:
+        for command in commands.commands:
+            if command.HasField("ack"):  # as a rule
+                self._ack(command.ack)
+            elif command.HasField("commands"):
+                raise Failure("UNKNOWN_COMMAND", "a list of commands holds another one")
+            else:
+                self.obey(command)
 
     def _credit(self, credit: session_pb2.Credit) -> None:
         if not credit.request_id:

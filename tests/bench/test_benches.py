@@ -67,3 +67,16 @@ def test_a_storm_is_weathered_in_each_way(tmp_path: Path) -> None:
     assert ways["swap"]["recomputed"] == 0
     assert ways["recompute"]["recomputed"] > 0
     assert ways["batch"]["swapped"] + ways["batch"]["dropped"] == 0
+
+
+def test_delivery_counts_every_token_once(tmp_path: Path) -> None:
+    """A small share of it, both ways: sessions, and one RPC a request."""
+    path = Path(__file__).with_name("delivery.py")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    load = ("--requests", "32", "--tokens-per-second", "2000", "--seconds", "2", "--warm-up", "1")
+    for way in (("--sessions", "2"), ("--rpcs",)):
+        command = [sys.executable, "-P", path, *load, *way]
+        done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+        figures = json.loads(done.stdout)
+        assert figures["tokens_per_second"] > 0
+        assert figures["p99_ms"] > 0
