@@ -1,4 +1,6 @@
-"""Attention over the paged KV cache, on the CPU.
+"""Attention over the paged KV cache, on the CPU, in torch's own operations.
+
+It serves where the native kernels (``kernels.cpu``) cannot be compiled, and checks them where they can.
 
 Shapes: ``T`` packed query tokens, ``S`` sequences, ``M`` blocks of the longest of them, ``N`` blocks of
 the pool, ``C = 2`` for key and value, ``K`` KV heads, ``H`` query heads, ``G = H / K`` query heads a KV
