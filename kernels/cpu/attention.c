@@ -8,11 +8,12 @@
  * *tile*, walk over the sequence's keys and values with a running softmax (Milakov and Gimelshein, 2018).
  */
 #include "dots.h"
+#include "threads.h"
 
 #define ROWS 16
 #define SPAN 128 /* positions between two corrections of the running softmax */
-/* Tiles times positions times D below which one thread does it all: about half a millisecond of work.
- * Beside other processes a second thread may be kept from its core for far longer, and the first waits. */
+/* Tiles times positions times D below which one thread does it all: about half a millisecond of work. A
+ * helper must be woken first, and where cores are scarce that may be onto this very core. */
 #define SMALL 640000
 #define HALF_DIM (HEAD_DIM / 2)
 #define PARTS ((HEAD_DIM + LANES - 1) / LANES) /* vectors that hold one head */
@@ -205,27 +206,37 @@ static Tile find_tile(const Step *step, int64_t number, int k) {
                   step->block_tables + s * step->table_width};
 }
 
+/* One layer of a step: what its turns share. */
+typedef struct {
+    const Step *step;
+    scalar *qkv, *kv, *out;
+} Layer;
+
+static void prepare_sequence(const void *job, int64_t s) {
+    const Layer *layer = job;
+    const Step *step = layer->step;
+    const int token_stride = (step->num_heads + 2 * step->num_kv_heads) * HEAD_DIM;
+    const int64_t start = step->query_starts[s], end = step->query_starts[s + 1];
+    const int32_t *table_M = step->block_tables + s * step->table_width;
+    for (int64_t t = start; t < end; t++)
+        prepare_token(step, layer->qkv + t * token_stride, layer->kv, table_M, step->context_lens[s] - end + t);
+}
+
+static void attend_item(const void *job, int64_t item) {
+    const Layer *layer = job;
+    const int K = layer->step->num_kv_heads;
+    const Tile tile = find_tile(layer->step, item / K, item % K);
+    attend_tile(&tile, layer->qkv, layer->kv, layer->out);
+}
+
 /* qkv: TXD, its query heads are turned in place. kv: the layer's place in the pool. out: THD. */
 void attend(const Step *step, scalar *qkv, scalar *kv, scalar *out) {
     const int64_t S = step->num_seqs, K = step->num_kv_heads;
-    const int token_stride = (step->num_heads + 2 * K) * HEAD_DIM;
+    const Layer layer = {step, qkv, kv, out};
     int64_t work = 0;
     for (int64_t s = 0; s < S; s++)
         work += (step->tile_starts[s + 1] - step->tile_starts[s]) * step->context_lens[s] * K * HEAD_DIM;
-
-#pragma omp parallel num_threads(step->num_threads) if (work > SMALL)
-    {
-#pragma omp for schedule(static)
-        for (int64_t s = 0; s < S; s++) {
-            const int64_t start = step->query_starts[s], end = step->query_starts[s + 1];
-            const int32_t *table_M = step->block_tables + s * step->table_width;
-            for (int64_t t = start; t < end; t++)
-                prepare_token(step, qkv + t * token_stride, kv, table_M, step->context_lens[s] - end + t);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < step->tile_starts[S] * K; item++) {
-            const Tile tile = find_tile(step, item / K, item % K);
-            attend_tile(&tile, qkv, kv, out);
-        }
-    }
+    const int num_threads = work > SMALL ? step->num_threads : 1;
+    share(S, num_threads, prepare_sequence, &layer);
+    share(step->tile_starts[S] * K, num_threads, attend_item, &layer);
 }

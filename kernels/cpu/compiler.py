@@ -4,7 +4,6 @@ The library lies in a cache folder under a name made of all that it depends on: 
 processor. So nothing ever goes stale, and what another machine left on a shared home is not taken for ours.
 """
 
-import ctypes
 import hashlib
 import os
 import platform
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-SOURCES = ("kernels.c", "attention.c", "elementwise.c", "dots.h", "vector.h")
+SOURCES = ("kernels.c", "attention.c", "elementwise.c", "dots.h", "threads.h", "vector.h")
 
 _FLAGS = (
     "-std=gnu11",
@@ -72,10 +71,7 @@ def _compiler() -> list[str]:
 
 def _machine_flags() -> list[str]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    flags = ["-march=native", "-mprefer-vector-width=512"] if x86 else ["-mcpu=native"]
-    # The threads are those of torch's own OpenMP, so that no second pool spins beside it: its symbols are
-    # left open, and whoever runs without them runs on one thread.
-    return [*flags, "-fopenmp"] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else flags
+    return ["-march=native", "-mprefer-vector-width=512"] if x86 else ["-mcpu=native"]
 
 
 def _compile(command: list[str], flags: list[str], sources: dict[str, bytes], target: Path) -> None:
@@ -84,9 +80,7 @@ def _compile(command: list[str], flags: list[str], sources: dict[str, bytes], ta
         folder = Path(name)
         for source, content in sources.items():
             (folder / source).write_bytes(content)
-        _run([*command, *flags, "-c", "kernels.c", "-o", "kernels.o"], folder)
-        # No -fopenmp here, or the compiler's own OpenMP library would be linked.
-        _run([*command, "-shared", "kernels.o", "-lm", "-o", target.name], folder)
+        _run([*command, *flags, "-pthread", "-shared", "kernels.c", "-lm", "-o", target.name], folder)
         (folder / target.name).replace(target)
 
 

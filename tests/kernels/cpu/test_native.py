@@ -3,6 +3,8 @@
 Shapes as in ``kernels/cpu/native.py``.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -184,6 +186,21 @@ def test_argmax_takes_the_lowest_of_the_best_and_marks_what_is_not_finite(vocab_
     assert ids_R[healthy].tolist() == expected_R[healthy].tolist()
     assert finite_R.tolist() == [row not in spoiled for row in range(60)]
     assert ((ids_R >= 0) & (ids_R < vocab_size)).all()
+
+
+def test_callers_at_the_same_time_do_not_mix_their_work():
+    """One set of helpers serves one loop; whoever calls meanwhile goes on alone."""
+    kernels = NativeKernels(torch.float32, 32, 4)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(rows, 9000, generator=generator) for rows in (56, 61, 70)]
+    expected = [logits_RV.argmax(1).tolist() for logits_RV in inputs]
+
+    def repeat(number: int) -> list[list[int]]:
+        return [kernels.argmax(inputs[number])[0].tolist() for _ in range(300)]
+
+    with ThreadPoolExecutor(3) as callers:
+        for number, results in enumerate(callers.map(repeat, range(3))):
+            assert all(result == expected[number] for result in results)
 
 
 def test_a_tensor_with_gaps_is_refused():
