@@ -340,12 +340,13 @@ async def test_an_engine_that_does_not_answer_is_killed_in_the_end(
 async def test_a_frozen_engine_is_noticed_and_killed(busy: bool) -> None:
     """Also one that has nothing to do: the next request would wait for ever."""
     process = await ProcessClient.start(EngineConfig(model="fake"), hang_timeout=5, factory=FACTORY)
+    record = Record()
     if busy:
         process.send([Submit(request("r", max_tokens=10**9))])
-        await listen(process, lambda r: "r" in r.tokens)
+        await listen(process, lambda r: "r" in r.tokens, record)
     os.kill(child_pid(process), signal.SIGSTOP)
     with pytest.raises(EngineGone, match="no progress for 5 s"):
-        await listen(process)
+        await listen(process, record=record)
     await process.close()
 
 
