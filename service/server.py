@@ -460,10 +460,10 @@ async def _serve(
         metrics=server.metrics_address,
         after_s=round(process_age(), 2),
     )
+    ends: set[asyncio.Future[Any]] = {stopping, server.engine_ended, server.drain_asked}
     try:
         # Around the drain, too: the gateway's requests finish through it.
-        async with _gateway(config, server.addresses[-1], engine.info.model):
-            ends: set[asyncio.Future[Any]] = {stopping, server.engine_ended, server.drain_asked}
+        async with _gateway(config, server.addresses[-1], engine.info.model, ends):
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if server.engine_ended.done():
                 await server.stop()
@@ -485,17 +485,27 @@ async def _serve(
 
 
 @contextlib.asynccontextmanager
-async def _gateway(config: ServerConfig, worker: str, model: str) -> AsyncGenerator[None]:
-    """The gateway of ``openai_port``, if one is wanted. Raises ``ConfigError`` where it cannot start."""
+async def _gateway(
+    config: ServerConfig, worker: str, model: str, ends: set[asyncio.Future[Any]]
+) -> AsyncGenerator[None]:
+    """The gateway of ``openai_port``, if one is wanted: once it is ready, or the server is to end.
+
+    Raises ``ConfigError`` where it cannot start.
+    """
     if config.openai_port is None:
         yield
         return
     gateway = Gateway(find_program(), worker, config.openai_address)
+    starting = asyncio.create_task(gateway.start(model))
     try:
-        await gateway.start(model)
-        _log.info("openai endpoint ready", address=config.openai_address, after_s=round(process_age(), 2))
+        await asyncio.wait({starting, *ends}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            _log.info("openai endpoint ready", address=config.openai_address, after_s=round(process_age(), 2))
         yield
     finally:
+        starting.cancel()
+        await asyncio.wait({starting})
         await gateway.stop()
 
 

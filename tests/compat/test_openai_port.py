@@ -9,8 +9,6 @@ import pytest
 from compat_clients import environment, free_port, try_feature
 from served import served
 
-pytestmark = pytest.mark.heavy_client
-
 
 @pytest.fixture
 def gateway_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,6 +16,7 @@ def gateway_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{environment('smg') / 'bin'}{os.pathsep}{os.environ['PATH']}")
 
 
+@pytest.mark.heavy_client
 @pytest.mark.usefixtures("gateway_on_path")
 def test_one_command_gives_an_openai_endpoint_that_comes_back_and_ends_with_us(tmp_path: Path) -> None:
     port = free_port()
@@ -32,6 +31,19 @@ def test_one_command_gives_an_openai_endpoint_that_comes_back_and_ends_with_us(t
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
         assert not gateway.is_running() or gateway.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_gateway_that_does_not_get_ready_does_not_keep_the_server_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands in for the gateway's program: it never listens."""
+    program = tmp_path / "smg"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with served(tmp_path, "demo", "--openai-port", str(free_port())) as server:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0  # it would wait for the gateway for a minute
 
 
 def gateways(pid: int) -> list[psutil.Process]:
