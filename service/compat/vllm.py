@@ -4,6 +4,7 @@ The gateway tokenizes and renders itself: it asks for the tokenizer's files and 
 can ask for and we cannot do is refused by name, never left out in silence.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import io
@@ -12,6 +13,7 @@ import time
 import zipfile
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -149,7 +151,8 @@ class VllmEngine(engine_pb2_grpc.VllmEngineServicer):
     async def GetTokenizer(
         self, request: common_pb2.GetTokenizerRequest, context: object
     ) -> AsyncGenerator[common_pb2.GetTokenizerChunk]:
-        archive = _tokenizer_archive(self._folder)
+        # In a thread: a large tokenizer takes a second to pack, and every stream would wait.
+        archive = await asyncio.to_thread(_tokenizer_archive, self._folder)
         digest = hashlib.sha256(archive).hexdigest()
         for start in range(0, len(archive), CHUNK_BYTES):
             end = start + CHUNK_BYTES
@@ -277,11 +280,13 @@ def _logprobs(positions: list[PositionLogprobs] | None) -> engine_pb2.OutputLogP
     )
 
 
+@cache
 def _model_type(folder: Path) -> str:
     """As the checkpoint says."""
     return str(json.loads((folder / "config.json").read_text())["model_type"])
 
 
+@cache
 def _tokenizer_archive(folder: Path) -> bytes:
     """The same bytes for the same files, so that their digest names them."""
     buffer = io.BytesIO()

@@ -140,6 +140,11 @@ def infer_request(text: str, request_id: str = "", *, raw: bool = False, **param
     return request
 
 
+def set_sampling_parameters(request: Any, text: str) -> None:
+    tensor = request.inputs.add(name="sampling_parameters", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(text.encode())
+
+
 def streamed(request: Any) -> Any:
     tensor = request.inputs.add(name="stream", datatype="BOOL", shape=[1])
     tensor.contents.bool_contents.append(True)
@@ -216,6 +221,8 @@ async def test_a_message_that_cannot_be_read_ends_the_stream_with_its_status(fro
         (lambda r: setattr(r.inputs[0], "datatype", "FP32"), "inputs.text_input"),
         (lambda r: r.raw_input_contents.append(b"\x09\x00\x00\x00ab"), "inputs.text_input"),
         (lambda r: setattr(r.parameters["n"], "int64_param", 2), "parameters.n"),
+        (lambda r: set_sampling_parameters(r, '{"temprature": 1}'), "inputs.sampling_parameters"),
+        (lambda r: set_sampling_parameters(r, "[" * 100_000), "inputs.sampling_parameters"),
     ],
 )
 async def test_what_is_wrong_with_an_inference_is_named(front: Front, change: Any, field: str) -> None:
