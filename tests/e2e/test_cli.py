@@ -418,10 +418,10 @@ def test_the_readme_lists_every_flag(command: tuple[str, ...]) -> None:
     assert listed == [flag for flag in flags_of(*command) if flag != "--help"]
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
 def test_the_readmes_python_runs(server: str, number: int) -> None:
     snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     code = snippets[number].replace("127.0.0.1:50051", server)
     run = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=False
