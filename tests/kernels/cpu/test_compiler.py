@@ -53,6 +53,14 @@ def test_the_cache_is_its_owners_alone(cache: Path):
 
 
 @pytest.mark.usefixtures("_needs_compiler")
+def test_no_library_is_taken_from_a_folder_that_others_can_write_to(cache: Path):
+    (cache / "tidegate").chmod(0o777)
+    compiled = compile_kernels(DEFINITIONS)
+    assert cache not in compiled.path.parents
+    assert compiled.seconds > 0
+
+
+@pytest.mark.usefixtures("_needs_compiler")
 def test_processes_that_start_together_leave_one_whole_library(cache: Path):
     for path in libraries(cache):
         path.unlink()
