@@ -23,11 +23,11 @@ except ModuleNotFoundError:
 import tidegate
 from tidegate.engine.config import BLOCK_SIZES, DEVICES, DTYPES, PREEMPTIONS, ConfigError, EngineConfig
 from tidegate.engine.request import InvalidRequest
-from tidegate.service import batch, bench, console, demo, server, top
+from tidegate.service import batch, bench, console, demo, life, top
 from tidegate.service.client import TidegateError, Unavailable
+from tidegate.service.config import ServerConfig
 from tidegate.service.launch import LaunchFailed
 from tidegate.service.security import SecurityConfig
-from tidegate.service.server import ServerConfig
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -109,7 +109,7 @@ def serve(args: argparse.Namespace) -> int:
     security = SecurityConfig(**{f.name: given[f.name] for f in _SECURITY_FIELDS if f.name in given})
     settings = {field.name: given[field.name] for field in _SERVER_FIELDS if field.name in given}
     config = ServerConfig(engine=engine, security=security, **settings)
-    return server.run(config)
+    return life.run(config)
 
 
 def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:

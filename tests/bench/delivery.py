@@ -44,7 +44,8 @@ from tidegate.engine.process import ProcessClient
 from tidegate.engine.request import Request
 from tidegate.engine.text import Text
 from tidegate.service.admission import AdmissionLimits
-from tidegate.service.server import spare_collector, start_server
+from tidegate.service.life import spare_collector
+from tidegate.service.server import start_server
 from tidegate.v1 import inference_pb2, inference_pb2_grpc, session_pb2
 
 STAMPS = 1024

@@ -18,8 +18,8 @@ from scripted_server import start_scripted_server
 from tidegate import Client
 from tidegate.engine.config import EngineConfig
 from tidegate.service import cli
+from tidegate.service.config import ServerConfig
 from tidegate.service.security import SecurityConfig
-from tidegate.service.server import ServerConfig
 
 TIDEGATE = Path(sys.executable).with_name("tidegate")
 README = Path(__file__).parents[2] / "README.md"

@@ -16,11 +16,12 @@ from tidegate.engine.messages import Finished as EngineFinished
 from tidegate.engine.messages import Timings, Usage
 from tidegate.engine.request import FinishReason, Request, SamplingParams
 from tidegate.service.addresses import check_address
+from tidegate.service.config import ServerConfig
 from tidegate.service.delivery import Delivery
 from tidegate.service.errors import MAX_VIOLATIONS
 from tidegate.service.events import Failed
 from tidegate.service.generation import Generation
-from tidegate.service.server import STOP_SECONDS, ServerConfig
+from tidegate.service.server import STOP_SECONDS
 from tidegate.service.session import UNREAD_REFUSALS
 from tidegate.v1 import control_pb2, inference_pb2, prompt_pb2
 

@@ -21,8 +21,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tidegate.engine.config import ConfigError, EngineConfig
 from tidegate.engine.messages import Submit
+from tidegate.service.config import ServerConfig
 from tidegate.service.security import SecurityConfig, load_security
-from tidegate.service.server import MAX_METADATA_BYTES, ServerConfig
+from tidegate.service.server import MAX_METADATA_BYTES
 from tidegate.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 Start = Callable[..., Any]

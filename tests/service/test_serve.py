@@ -20,7 +20,8 @@ from tidegate.v1 import inference_pb2, inference_pb2_grpc
 SERVE = """
 import sys
 from tidegate.engine.config import EngineConfig
-from tidegate.service.server import ServerConfig, run
+from tidegate.service.config import ServerConfig
+from tidegate.service.life import run
 engine = EngineConfig(model=sys.argv[1], device_kv_tokens=4096, host_kv_tokens=0)
 config = ServerConfig(
     engine=engine,

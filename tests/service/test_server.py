@@ -18,7 +18,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tidegate.engine.client import EngineGone
 from tidegate.engine.config import ConfigError, EngineConfig
-from tidegate.service.server import ServerConfig, start_server
+from tidegate.service.config import ServerConfig
+from tidegate.service.server import start_server
 from tidegate.v1 import control_pb2, inference_pb2, session_pb2
 
 Start = Callable[..., Any]
