@@ -22,7 +22,9 @@ from tidegate.service.config import ServerConfig
 from tidegate.service.security import SecurityConfig
 
 TIDEGATE = Path(sys.executable).with_name("tidegate")
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+REFERENCE = ROOT / "service" / "README.md"
 
 SERVE_FLAGS = [
     "--admin-listen",
@@ -63,7 +65,7 @@ SERVE_FLAGS = [
     "--tls-client-ca",
     "--tls-key",
 ]
-"""A new flag costs every user a decision. Think twice, then add its line here and in the README."""
+"""A new flag costs every user a decision. Think twice, then add its line here and in service/README.md."""
 
 USER_FACT = ["My favourite colour is green.", "What is my favourite colour?"]
 
@@ -396,7 +398,7 @@ def test_bench_serve_counts_what_failed(server: str) -> None:
     assert "INVALID_REQUEST 3" in run.stdout
 
 
-# --- the README -------------------------------------------------------------------------------------------
+# --- the guides -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -412,8 +414,8 @@ def test_bench_serve_counts_what_failed(server: str) -> None:
         ("bench", "serve"),
     ],
 )
-def test_the_readme_lists_every_flag(command: tuple[str, ...]) -> None:
-    section = README.read_text().split(f"### `tidegate {' '.join(command)}")[1].split("\n#")[0]
+def test_the_reference_lists_every_flag(command: tuple[str, ...]) -> None:
+    section = REFERENCE.read_text().split(f"### `tidegate {' '.join(command)}")[1].split("\n#")[0]
     listed = sorted(re.findall(r"^\| `(--[a-z-]+)", section, flags=re.MULTILINE))
     assert listed == [flag for flag in flags_of(*command) if flag != "--help"]
 
