@@ -43,7 +43,7 @@ class _Decodes:
     padding: torch.Tensor
     """Lines of the gathered (C, S, K, P) that hold no token of their sequence; flat."""
     mask_S11P: torch.Tensor
-    """0 where there is a token, -inf elsewhere; added to the scores."""
+    """0 where there is a token that the query sees, -inf elsewhere; added to the scores."""
 
 
 @dataclass(slots=True)
@@ -53,9 +53,12 @@ class _Prefill:
     start: int
     end: int
     """Its query tokens are [start, end) of the packed ones."""
-    context_len: int
+    num_keys: int
+    """The context, from the first block on that a query sees anything of."""
     tiles: torch.Tensor
     """Tile of each (C, K, M), flat."""
+    hidden: int
+    """The first keys that no query sees: what their block holds there may be anything."""
     mask_TP: torch.Tensor | None
     """True where a query sees a key. None where the queries are the whole context: plainly causal."""
 
@@ -91,6 +94,8 @@ class AttentionBatch:
     slot_blocks_T: torch.Tensor
     slot_offsets_T: torch.Tensor
     """int64: the block and the position in it where a token's key and value go."""
+    window: int | None
+    """Positions that a query sees, its own included; None: all before it."""
     _kv_NCKBD: torch.Tensor
 
     @classmethod
@@ -101,10 +106,13 @@ class AttentionBatch:
         context_lens: list[int],
         block_tables_SM: torch.Tensor,
         kv_NCKBD: torch.Tensor,
+        window: int | None = None,
     ) -> "AttentionBatch":
         """The first ``num_decodes`` sequences have exactly one query token each.
 
         ``kv_NCKBD`` is any layer's view of the pool: its shape, strides and dtype are those of every layer.
+        With a ``window`` the query at position i sees those of (i - window, i]; entries of the block tables
+        for blocks that no query sees anything of are never followed.
         """
         starts_S1 = np.asarray(query_starts, dtype=np.int64)
         lens_S = np.asarray(context_lens, dtype=np.int64)
@@ -123,6 +131,7 @@ class AttentionBatch:
             positions_T=torch.from_numpy(positions_T),
             slot_blocks_T=torch.from_numpy(slot_blocks_T.astype(np.int64)),
             slot_offsets_T=torch.from_numpy(positions_T % block_size),
+            window=window,
             _kv_NCKBD=kv_NCKBD,
         )
 
@@ -135,18 +144,29 @@ class AttentionBatch:
         tables_SM = self.block_tables_SM.numpy()
         slot_tiles_CT = strides.tiles(self.slot_blocks_T.numpy()[:, None])[:, :, :, 0]
         slot_lines_CTK = slot_tiles_CT * block_size + self.slot_offsets_T.numpy()[None, :, None]
+        # [hidden, lens) is what each sequence's first query sees, and all behind it.
+        hidden_S = np.zeros_like(self.lens_S)
+        if self.window is not None:
+            hidden_S = np.maximum(0, self.lens_S - np.diff(self.starts_S1) + 1 - self.window)
+        skipped_S = hidden_S // block_size
+        hidden_S, lens_S = hidden_S % block_size, self.lens_S - skipped_S * block_size
+        if skipped_S.any():
+            columns_SM = skipped_S[:, None] + np.arange(tables_SM.shape[1])
+            tables_SM = np.take_along_axis(tables_SM, columns_SM.clip(max=tables_SM.shape[1] - 1), axis=1)
         decodes = [
-            _build_decodes(rows_S, self.lens_S[rows_S], tables_SM, strides, kv_NCKBD)
-            for rows_S in _group_by_length(self.lens_S[: self.num_decodes], block_size)
+            _build_decodes(rows_S, hidden_S[rows_S], lens_S[rows_S], tables_SM, strides, kv_NCKBD)
+            for rows_S in _group_by_length(lens_S[: self.num_decodes], block_size)
         ]
         prefills = [
             _build_prefill(
                 self.query_starts[s],
                 self.query_starts[s + 1],
-                self.context_lens[s],
+                int(hidden_S[s]),
+                int(lens_S[s]),
                 tables_SM[s],
                 strides,
                 block_size,
+                self.window,
             )
             for s in range(self.num_decodes, len(self.context_lens))
         ]
@@ -194,7 +214,8 @@ def paged_attention(
 
     for chunk in batch.gathers.prefills:
         gathered_CKPD = _gather(tiles, chunk.tiles, batch.gathers.scratch).view(2, num_kv_heads, -1, head_dim)
-        key_1KPD, value_1KPD = gathered_CKPD[:, None, :, : chunk.context_len]
+        gathered_CKPD[:, :, : chunk.hidden] = 0
+        key_1KPD, value_1KPD = gathered_CKPD[:, None, :, : chunk.num_keys]
         query_1HTD = query_THD[chunk.start : chunk.end].transpose(0, 1).unsqueeze(0)
         out_1HTD = scaled_dot_product_attention(
             query_1HTD,
@@ -252,6 +273,7 @@ def _group_by_length(lens_S: Int64Array, block_size: int) -> list[Int64Array]:
 
 def _build_decodes(
     rows_S: Int64Array,
+    hidden_S: Int64Array,
     lens_S: Int64Array,
     tables_SM: npt.NDArray[np.int32],
     strides: _TileStrides,
@@ -259,9 +281,11 @@ def _build_decodes(
 ) -> _Decodes:
     block_size = kv_NCKBD.shape[3]
     num_blocks = -(-int(lens_S.max()) // block_size)
-    absent_SP = np.arange(num_blocks * block_size) >= lens_S[:, None]
+    positions_P = np.arange(num_blocks * block_size)
+    absent_SP = (positions_P >= lens_S[:, None]) | (positions_P < hidden_S[:, None])
     # Behind the last block of a shorter sequence any block will do: its copy is cleared.
-    blocks_SM = np.where(absent_SP[:, ::block_size], 0, tables_SM[rows_S, :num_blocks])
+    behind_SM = positions_P[::block_size] >= lens_S[:, None]
+    blocks_SM = np.where(behind_SM, 0, tables_SM[rows_S, :num_blocks])
     absent_CSKP = np.broadcast_to(
         absent_SP[None, :, None], (2, len(rows_S), strides.num_kv_heads, absent_SP.shape[1])
     )
@@ -279,18 +303,23 @@ def _build_decodes(
 def _build_prefill(
     start: int,
     end: int,
-    context_len: int,
+    hidden: int,
+    num_keys: int,
     table_M: npt.NDArray[np.int32],
     strides: _TileStrides,
     block_size: int,
+    window: int | None,
 ) -> _Prefill:
-    num_blocks = -(-context_len // block_size)
+    num_blocks = -(-num_keys // block_size)
     count = end - start
+    past = num_keys - count
     mask_TP = None
-    if count < context_len:
-        mask_TP = torch.ones((count, context_len), dtype=torch.bool).tril_(context_len - count)
+    if past or (window is not None and count > window):
+        mask_TP = torch.ones((count, num_keys), dtype=torch.bool).tril_(past)
+        if window is not None:
+            mask_TP.triu_(past + 1 - window)
     tiles = torch.from_numpy(strides.tiles(table_M[None, :num_blocks]).reshape(-1))
-    return _Prefill(start, end, context_len, tiles, mask_TP)
+    return _Prefill(start, end, num_keys, tiles, hidden, mask_TP)
 
 
 def _rows_of(kv_NCKBD: torch.Tensor, width: int) -> torch.Tensor:

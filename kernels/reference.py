@@ -27,14 +27,19 @@ def paged_attention_reference(
     out_THD = torch.empty_like(query_THD, dtype=torch.float64)
     for s, context_len in enumerate(batch.context_lens):
         start, end = batch.query_starts[s], batch.query_starts[s + 1]
-        positions_X = torch.arange(context_len)
+        positions_Q = torch.arange(context_len - (end - start), context_len)
+        # Before what any query sees there may be no block.
+        first = 0 if batch.window is None else max(0, context_len - (end - start) + 1 - batch.window)
+        positions_X = torch.arange(first, context_len)
         blocks_X = batch.block_tables_SM[s, positions_X // block_size].long()
         for head in range(num_heads):
             kv_head = head // (num_heads // num_kv_heads)
             key_XD = kv_NCKBD[blocks_X, 0, kv_head, positions_X % block_size].double()
             value_XD = kv_NCKBD[blocks_X, 1, kv_head, positions_X % block_size].double()
             scores_QX = query_THD[start:end, head].double() @ key_XD.T * scale
-            sees_QX = positions_X <= positions_X[context_len - (end - start) :, None]
+            sees_QX = positions_X <= positions_Q[:, None]
+            if batch.window is not None:
+                sees_QX &= positions_X > positions_Q[:, None] - batch.window
             weights_QX = scores_QX.masked_fill(~sees_QX, -torch.inf).softmax(-1)
             out_THD[start:end, head] = weights_QX @ value_XD
     return out_THD

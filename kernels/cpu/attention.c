@@ -27,6 +27,7 @@ typedef struct {
     const int32_t *block_tables;                     /* S, M */
     const int64_t *tile_starts;                      /* S + 1: tiles before each sequence, of one KV head */
     const float *angles;                             /* position, 2, F: cosines, then sines */
+    int64_t window; /* positions that a query sees, its own included; more than there are: all before it */
     float scale;
 } Step;
 
@@ -71,6 +72,7 @@ typedef struct {
     int k, num_rows;
     int64_t past; /* positions before the sequence's first query */
     const int32_t *table_M;
+    int64_t seen_from; /* the first position that any row sees */
 } Tile;
 
 static inline int64_t token_of(const Tile *tile, int r) {
@@ -82,12 +84,20 @@ static inline int head_of(const Tile *tile, int r) {
     return tile->k * G + (tile->first + r) % G;
 }
 
+/* Row r sees the positions [first_seen, seen_by). */
 static inline int64_t seen_by(const Tile *tile, int r) { return tile->past + token_of(tile, r) + 1; }
 
-/* The two halves of LANES positions from x on. Behind `end` there is no block: the first half again. */
+static inline int64_t first_seen(const Tile *tile, int r) {
+    const int64_t first = seen_by(tile, r) - tile->step->window;
+    return first > 0 ? first : 0;
+}
+
+/* The two halves of LANES positions from x on. Behind `end`, and before all that any row sees, there may be
+ * no block: then the other half again. */
 static inline void find(const Tile *tile, const scalar *kv, int64_t x, int64_t end, const scalar *halves[2]) {
-    halves[0] = kv + place(tile->step, tile->table_M, tile->k, x);
-    halves[1] = x + 8 < end ? kv + place(tile->step, tile->table_M, tile->k, x + 8) : halves[0];
+    const scalar *last = kv + place(tile->step, tile->table_M, tile->k, x + 8 < end ? x + 8 : x);
+    halves[0] = x + 8 > tile->seen_from ? kv + place(tile->step, tile->table_M, tile->k, x) : last;
+    halves[1] = last;
 }
 
 /* Blocks lie anywhere in memory, so no processor guesses the next one. */
@@ -117,9 +127,11 @@ static inline void score(
             dot(scores_4, query + r, keys);
             for (int i = 0; i < 4; i++) scores[r + i][column] = scores_4[i] * tile->step->scale;
         }
-        if (x + LANES > seen_by(tile, 0))
+        if (x + LANES > seen_by(tile, 0) || x < first_seen(tile, tile->num_rows - 1))
             for (int r = 0; r < tile->num_rows; r++) {
-                const ints visible = lane < (int)(seen_by(tile, r) - x);
+                const int upto_seen = seen_by(tile, r) - x;
+                const int64_t before = first_seen(tile, r) - x;
+                const ints visible = (lane < upto_seen) & (lane >= (int)(before < LANES ? before : LANES));
                 scores[r][column] = choose(visible, scores[r][column], splat(-INFINITY));
             }
     }
@@ -146,8 +158,9 @@ static inline void add_values(
         for (int i = 0; i < LANES; i++)
             for (int part = 0; part < PARTS; part++) {
                 const scalar *value = halves[i / 8] + i % 8 * HEAD_DIM + part * LANES;
-                /* What lies behind the context may be NaN, which a weight of 0 would not silence. */
-                values[i][part] = x + i < upto ? load(value, TAIL(part)) : (floats){};
+                /* What lies outside of what is seen may be NaN, which a weight of 0 would not silence. */
+                const int is_seen = x + i >= tile->seen_from && x + i < upto;
+                values[i][part] = is_seen ? load(value, TAIL(part)) : (floats){};
             }
         for (int r = 0; r < tile->num_rows; r += 2) { /* two sums at once, to keep the multipliers busy */
             const floats a = weights[r][column], b = weights[r + 1][column];
@@ -176,7 +189,9 @@ static void attend_tile(const Tile *tile, const scalar *qkv, const scalar *kv, s
         load_query(query[r], qkv + token * token_stride + head_of(tile, r) * HEAD_DIM);
         best[r] = -INFINITY;
     }
-    for (int64_t from = 0; from < end; from += SPAN) {
+    /* The windows of a tile's rows begin within fewer than SPAN - LANES positions of one another: each row
+     * finds one in the first span, and so a best score that is finite. */
+    for (int64_t from = tile->seen_from / LANES * LANES; from < end; from += SPAN) {
         const int64_t upto = from + SPAN < end ? from + SPAN : end;
         score(tile, kv, (const Query *)query, from, upto, end, scores);
         for (int r = 0; r < tile->num_rows; r++)
@@ -202,8 +217,10 @@ static Tile find_tile(const Step *step, int64_t number, int k) {
     const int64_t num_rows = count * (step->num_heads / step->num_kv_heads);
     const int64_t first = (number - step->tile_starts[s]) * ROWS;
     const int64_t end = first + ROWS < num_rows ? first + ROWS : num_rows;
-    return (Tile){step, s, first, end, k, end - first, step->context_lens[s] - count,
-                  step->block_tables + s * step->table_width};
+    Tile tile = {step, s, first, end, k, end - first, step->context_lens[s] - count,
+                 step->block_tables + s * step->table_width, 0};
+    tile.seen_from = first_seen(&tile, 0);
+    return tile;
 }
 
 /* One layer of a step: what its turns share. */
@@ -234,8 +251,10 @@ void attend(const Step *step, scalar *qkv, scalar *kv, scalar *out) {
     const int64_t S = step->num_seqs, K = step->num_kv_heads;
     const Layer layer = {step, qkv, kv, out};
     int64_t work = 0;
-    for (int64_t s = 0; s < S; s++)
-        work += (step->tile_starts[s + 1] - step->tile_starts[s]) * step->context_lens[s] * K * HEAD_DIM;
+    for (int64_t s = 0; s < S; s++) {
+        const int64_t seen = step->context_lens[s] < step->window ? step->context_lens[s] : step->window;
+        work += (step->tile_starts[s + 1] - step->tile_starts[s]) * seen * K * HEAD_DIM;
+    }
     const int num_threads = work > SMALL ? step->num_threads : 1;
     share(S, num_threads, prepare_sequence, &layer);
     share(step->tile_starts[S] * K, num_threads, attend_item, &layer);

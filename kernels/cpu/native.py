@@ -18,6 +18,8 @@ from tidegate.kernels.cpu.compiler import CompilerError, compile_kernels
 _SCALARS = {torch.bfloat16: "SCALAR_BF16", torch.float16: "SCALAR_FP16", torch.float32: "SCALAR_FP32"}
 _TILE_ROWS = 16
 """ROWS in ``attention.c``."""
+_UNLIMITED = 2**62
+"""A window wider than any sequence."""
 
 
 class _Step(ctypes.Structure):
@@ -38,6 +40,7 @@ class _Step(ctypes.Structure):
         ("block_tables", c_void_p),
         ("tile_starts", c_void_p),
         ("angles", c_void_p),
+        ("window", c_int64),
         ("scale", c_float),
     )
 
@@ -119,6 +122,7 @@ class NativeKernels:
             block_tables=tables_SM.data_ptr(),
             tile_starts=tile_starts_S1.ctypes.data,
             angles=angles_L2F.data_ptr(),
+            window=_UNLIMITED if batch.window is None else batch.window,
             scale=scale,
         )
         return PagedAttention(self, step, (batch, tables_SM, tile_starts_S1, angles_L2F))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from paged_cases import make_case
 
 from tidegate.kernels.attention import AttentionBatch, paged_attention, write_kv
 from tidegate.kernels.reference import paged_attention_reference, write_kv_reference
@@ -138,6 +139,28 @@ def test_reference_agrees_with_attention_without_a_pool():
     case = Case(MIXED, dtype=torch.float64)
     got = case.run(attention=paged_attention_reference, write=write_kv_reference)
     assert relative_error(got, case.expected()) < 1e-14
+
+
+@pytest.mark.parametrize("window", [2, 7, 33, 64, 5000])
+@pytest.mark.parametrize(
+    ("attention", "write", "limit"),
+    [(paged_attention, write_kv, 1e-5), (paged_attention_reference, write_kv_reference, 1e-5)],
+    ids=["torch", "reference"],
+)
+def test_a_query_sees_its_window_and_reads_no_block_before_it(window, attention, write, limit):
+    """What lies before the windows is NaN or nowhere, for decodes, fresh prefills and later chunks."""
+    for block_size in (8, 32):
+        case = make_case(MIXED, head_dim=32, block_size=block_size, window=window)
+        batch = AttentionBatch.build(
+            case.num_decodes,
+            case.query_starts,
+            case.context_lens,
+            case.block_tables_SM,
+            case.kv_NCKBD,
+            window,
+        )
+        write(case.key_TKD, case.value_TKD, case.kv_NCKBD, batch)
+        assert max(case.errors(attention(case.query_THD, case.kv_NCKBD, batch, case.scale))) < limit
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128])

@@ -24,6 +24,7 @@ class PagedCase:
     value_TKD: torch.Tensor
     expected_THD: torch.Tensor
     """fp64."""
+    window: int | None = None
 
     @property
     def kv_NCKBD(self) -> torch.Tensor:
@@ -55,11 +56,13 @@ def make_case(
     seed: int = 0,
     block_seed: int = 0,
     layer_major: bool = False,
+    window: int | None = None,
 ) -> PagedCase:
     """``shapes``: (query tokens, context) of each sequence; those with one query token come first.
 
     The past of each sequence is in the pool, the step's own keys and values are not. ``block_seed`` changes
-    nothing but the order of blocks.
+    nothing but the order of blocks. With a ``window`` what no query sees is NaN, and blocks with nothing else
+    in them are nowhere.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -85,15 +88,17 @@ def make_case(
         first += num_blocks[s]
         key_XKD, value_XKD = random(context, num_kv_heads, head_dim), random(context, num_kv_heads, head_dim)
         query_QHD = random(count, num_heads, head_dim)
-        past_X = torch.arange(context - count)
+        seen = 0 if window is None else max(0, context - count + 1 - window)
+        tables[s, : seen // block_size] = 2**31 - 1
+        past_X = torch.arange(seen, context - count)
         blocks_X = tables[s, past_X // block_size].long().to(device)
         offsets_X = (past_X % block_size).to(device)
-        pool[blocks_X, LAYER, 0, :, offsets_X] = key_XKD[: context - count]
-        pool[blocks_X, LAYER, 1, :, offsets_X] = value_XKD[: context - count]
+        pool[blocks_X, LAYER, 0, :, offsets_X] = key_XKD[past_X]
+        pool[blocks_X, LAYER, 1, :, offsets_X] = value_XKD[past_X]
         queries.append(query_QHD)
         keys.append(key_XKD[context - count :])
         values.append(value_XKD[context - count :])
-        expected.append(_attention(query_QHD, key_XKD, value_XKD))
+        expected.append(_attention(query_QHD, key_XKD, value_XKD, window))
 
     starts = [0]
     for count, _ in shapes:
@@ -109,16 +114,21 @@ def make_case(
         key_TKD=torch.cat(keys),
         value_TKD=torch.cat(values),
         expected_THD=torch.cat(expected),
+        window=window,
     )
 
 
-def _attention(query_QHD: torch.Tensor, key_XKD: torch.Tensor, value_XKD: torch.Tensor) -> torch.Tensor:
+def _attention(
+    query_QHD: torch.Tensor, key_XKD: torch.Tensor, value_XKD: torch.Tensor, window: int | None
+) -> torch.Tensor:
     """In fp64, with no pool at all; the queries are the last of the context."""
     group = query_QHD.shape[1] // key_XKD.shape[1]
     key_XHD = key_XKD.double().repeat_interleave(group, 1)
     value_XHD = value_XKD.double().repeat_interleave(group, 1)
     scores_HQX = torch.einsum("qhd,xhd->hqx", query_QHD.double(), key_XHD) * query_QHD.shape[-1] ** -0.5
     hidden_QX = torch.ones(scores_HQX.shape[1:], dtype=torch.bool, device=query_QHD.device)
-    hidden_QX = hidden_QX.triu(len(key_XKD) - len(query_QHD) + 1)
+    past = len(key_XKD) - len(query_QHD)
+    behind_QX = hidden_QX.triu(past + 1)
+    hidden_QX = behind_QX if window is None else behind_QX | hidden_QX.tril(past - window)
     weights_HQX = scores_HQX.masked_fill(hidden_QX, -torch.inf).softmax(-1)
     return torch.einsum("hqx,xhd->qhd", weights_HQX, value_XHD)

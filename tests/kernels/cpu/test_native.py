@@ -42,7 +42,12 @@ def attend(case: PagedCase, angles_L2F: torch.Tensor | None = None, threads: int
         angles_L2F[:, 0] = 1
     kernels = NativeKernels(case.query_THD.dtype, head_dim, threads)
     batch = AttentionBatch.build(
-        case.num_decodes, case.query_starts, case.context_lens, case.block_tables_SM, case.kv_NCKBD
+        case.num_decodes,
+        case.query_starts,
+        case.context_lens,
+        case.block_tables_SM,
+        case.kv_NCKBD,
+        case.window,
     )
     attention = kernels.attention(batch, case.kv_NCKBD, num_heads, angles_L2F, case.scale)
     qkv_TX = torch.cat((case.query_THD, case.key_TKD, case.value_TKD), dim=1).view(num_tokens, -1)
@@ -68,6 +73,16 @@ def test_attention_is_within_the_dtype_limit_of_fp64(num_heads, num_kv_heads, he
 def test_page_size_does_not_matter(block_size, dtype):
     case = make_case(SHAPES, head_dim=32, block_size=block_size, dtype=dtype)
     assert max(case.errors(attend(case))) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("window", [2, 7, 16, 33, 64, 200, 5000])
+@pytest.mark.parametrize("block_size", [8, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_query_sees_its_window_and_reads_no_block_before_it(window, block_size, dtype):
+    """Windows shorter than a page, longer than the context, and across several runs of the softmax."""
+    for heads in ({"num_heads": 3, "num_kv_heads": 3}, {"num_heads": 14, "num_kv_heads": 2}):
+        case = make_case(SHAPES, head_dim=32, block_size=block_size, dtype=dtype, window=window, **heads)
+        assert max(case.errors(attend(case))) < LIMITS[dtype]
 
 
 def test_order_of_blocks_of_layers_and_of_threads_does_not_matter():
