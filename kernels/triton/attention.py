@@ -33,6 +33,8 @@ class AttentionBatch:
     """Of the first ``num_decodes`` sequences."""
     _prefill_tiles_P5: torch.Tensor
     """Of the sequences behind the decodes."""
+    window: int | None = None
+    """A query at position i sees the keys at (i - window, i]; None: at [0, i]."""
 
     @classmethod
     def build(
@@ -43,10 +45,12 @@ class AttentionBatch:
         block_tables_SM: torch.Tensor,
         kv_NCKBD: torch.Tensor,
         num_heads: int,
+        window: int | None = None,
     ) -> "AttentionBatch":
         """The first ``num_decodes`` sequences have exactly one query token each.
 
-        ``block_tables_SM`` is the host's; ``kv_NCKBD`` is any layer's view of the pool.
+        ``block_tables_SM`` is the host's, and blocks that lie before every window are never followed;
+        ``kv_NCKBD`` is any layer's view of the pool.
         """
         num_kv_heads, block_size, head_dim = kv_NCKBD.shape[2:]
         tables_SM = block_tables_SM.numpy()
@@ -79,13 +83,18 @@ class AttentionBatch:
             positions_T=positions_T,
             slot_blocks_T=slot_blocks_T,
             slot_offsets_T=slot_offsets_T,
-            _decode_plan=_plan(device_lens_S[:num_decodes], kv_NCKBD),
+            _decode_plan=_plan(device_lens_S[:num_decodes], kv_NCKBD, window),
             _prefill_tiles_P5=device_tiles_P5,
+            window=window,
         )
 
     @classmethod
     def decodes(
-        cls, context_lens_S: torch.Tensor, block_tables_SM: torch.Tensor, kv_NCKBD: torch.Tensor
+        cls,
+        context_lens_S: torch.Tensor,
+        block_tables_SM: torch.Tensor,
+        kv_NCKBD: torch.Tensor,
+        window: int | None = None,
     ) -> "AttentionBatch":
         """One query token for each sequence, with lengths and tables on the device: a CUDA graph can
         capture this, and replay it with what the tensors hold then.
@@ -104,6 +113,7 @@ class AttentionBatch:
             positions_T % block_size,
             context_lens_S.new_empty((0, 5)),
             kv_NCKBD,
+            window,
         )
 
     @classmethod
@@ -117,6 +127,7 @@ class AttentionBatch:
         slot_offsets_T: torch.Tensor,
         prefill_tiles_P5: torch.Tensor,
         kv_NCKBD: torch.Tensor,
+        window: int | None = None,
     ) -> "AttentionBatch":
         """From what lies on the device already; the tiles are those of ``prefill_tiles``."""
         return cls(
@@ -126,8 +137,9 @@ class AttentionBatch:
             positions_T=positions_T,
             slot_blocks_T=slot_blocks_T,
             slot_offsets_T=slot_offsets_T,
-            _decode_plan=_plan(context_lens_S[:num_decodes], kv_NCKBD),
+            _decode_plan=_plan(context_lens_S[:num_decodes], kv_NCKBD, window),
             _prefill_tiles_P5=prefill_tiles_P5,
+            window=window,
         )
 
 
@@ -159,14 +171,15 @@ def paged_attention(
         batch._prefill_tiles_P5,
         scale,
         out_THD,
+        batch.window,
     )
     return out_THD
 
 
-def _plan(context_lens_S: torch.Tensor, kv_NCKBD: torch.Tensor) -> DecodePlan:
+def _plan(context_lens_S: torch.Tensor, kv_NCKBD: torch.Tensor, window: int | None) -> DecodePlan:
     num_kv_heads, _, head_dim = kv_NCKBD.shape[2:]
     granule = decode_tile_positions(head_dim, kv_NCKBD.dtype)
-    return plan_decode(context_lens_S, num_kv_heads, granule, num_multiprocessors(kv_NCKBD.device))
+    return plan_decode(context_lens_S, num_kv_heads, granule, num_multiprocessors(kv_NCKBD.device), window)
 
 
 def _on_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:

@@ -42,7 +42,8 @@ def decode_attention(
     scale: float,
     out_SHD: torch.Tensor,
 ) -> None:
-    """Write each query's attention over its whole context to ``out_SHD``; 0 where the context is empty.
+    """Write each query's attention over its context, or the plan's window of it, to ``out_SHD``; 0 where the
+    context is empty.
 
     ``kv_NCKBD`` may be strided over N, C and K, and the others over their first dimension.
     """
@@ -107,6 +108,7 @@ def _launch(
         HEAD_DIM_PADDED=max(MIN_TILE, triton.next_power_of_2(head_dim)),
         BLOCK_SIZE=block_size,
         TILE=tile.positions,
+        WINDOWED=plan.window is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         enable_fp_fusion=True,
@@ -138,6 +140,7 @@ def _decode_kernel(
     HEAD_DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     # The KV heads of a block lie side by side, so programs that run together read neighbouring memory.
     kv_head = tl.program_id(0)
@@ -165,8 +168,9 @@ def _decode_kernel(
         tl.full((ROWS,), -float("inf"), tl.float32),
         tl.zeros((ROWS,), tl.float32),
         query_RD,
+        tl.zeros((ROWS,), tl.int32) + first,
         tl.zeros((ROWS,), tl.int32) + (end - 1),
-        tl.multiple_of(first, TILE),
+        first if WINDOWED else tl.multiple_of(first, TILE),
         end,
         key_ptr,
         key_ptr + value_stride,
@@ -178,6 +182,7 @@ def _decode_kernel(
         BLOCK_SIZE,
         TILE,
         MASKED=True,
+        WINDOWED=WINDOWED,
     )
 
     # An empty context has the sum 0, and its output is 0.

@@ -35,6 +35,8 @@ class DecodePlan:
     first_items_S1: torch.Tensor
     """int32: sequence s has the items [first_items[s], first_items[s + 1]), at least one, which is empty if
     its context is. The last entry is the number of items."""
+    window: int | None
+    """The items cover only so many positions at the end of each context; None: all of it."""
 
     @property
     def num_sequences(self) -> int:
@@ -42,17 +44,26 @@ class DecodePlan:
 
 
 def plan_decode(
-    context_lens_S: torch.Tensor, num_kv_heads: int, granule: int, num_multiprocessors: int
+    context_lens_S: torch.Tensor,
+    num_kv_heads: int,
+    granule: int,
+    num_multiprocessors: int,
+    window: int | None = None,
 ) -> DecodePlan:
-    """``context_lens_S``: int32; ``granule``: pieces start at multiples of it, the kernel's tile."""
+    """``context_lens_S``: int32; ``granule``: pieces start at multiples of it, the kernel's tile, but for a
+    sequence's first one, which starts where its window does.
+    """
     if context_lens_S.dtype != torch.int32 or context_lens_S.dim() != 1:
         raise ValueError(f"context_lens_S: must be int32 of one dimension, is {_describe(context_lens_S)}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: must be at least 1, is {window}")
     num_sequences = len(context_lens_S)
     most = max(1, _MOST_PROGRAMS * num_multiprocessors // num_kv_heads)
     fewest = max(1, _FEWEST_PROGRAMS * num_multiprocessors // num_kv_heads)
     plan = DecodePlan(
         items_I4=context_lens_S.new_empty((most + num_sequences, 4)),
         first_items_S1=context_lens_S.new_empty(num_sequences + 1),
+        window=window,
     )
     if num_sequences:
         _launch(plan, context_lens_S, most, fewest, granule)
@@ -71,6 +82,8 @@ def _launch(plan: DecodePlan, context_lens_S: torch.Tensor, most: int, fewest: i
         plan.num_sequences,
         most,
         fewest,
+        plan.window or 0,
+        WINDOWED=plan.window is not None,
         WORTHWHILE_PIECE=_WORTHWHILE_PIECE,
         GRANULE=granule,
         SEQUENCES_PADDED=triton.next_power_of_2(plan.num_sequences),
@@ -88,6 +101,8 @@ def _plan_kernel(
     num_sequences,
     most,
     fewest,
+    window,
+    WINDOWED: tl.constexpr,
     WORTHWHILE_PIECE: tl.constexpr,
     GRANULE: tl.constexpr,
     SEQUENCES_PADDED: tl.constexpr,
@@ -98,6 +113,8 @@ def _plan_kernel(
     sequences_S = tl.arange(0, SEQUENCES_PADDED)
     lens_S = tl.load(context_lens_ptr + sequences_S, mask=sequences_S < num_sequences, other=0)
     granules_S = tl.cdiv(lens_S, GRANULE)
+    if WINDOWED:
+        granules_S -= tl.maximum(lens_S - window, 0) // GRANULE
     total = tl.sum(granules_S)
     longest_piece = tl.minimum(WORTHWHILE_PIECE, tl.cdiv(total, fewest))
     longest_piece = tl.maximum(tl.maximum(longest_piece, tl.cdiv(total, most)), 1)
@@ -112,12 +129,15 @@ def _plan_kernel(
 
     # Pieces of equal length, but the last. With this count none of them is empty, unless the context is.
     context_len = tl.load(context_lens_ptr + sequence)
-    piece_len = tl.cdiv(tl.cdiv(context_len, GRANULE), count) * GRANULE
+    first_seen = tl.maximum(context_len - window, 0) if WINDOWED else 0
+    base = first_seen // GRANULE * GRANULE
+    piece_len = tl.cdiv(tl.cdiv(context_len - base, GRANULE), count) * GRANULE
     for start in tl.range(0, count, PIECES):
         pieces_P = start + tl.arange(0, PIECES)
         item_ptrs_P = items_ptr + (first + pieces_P) * 4
         mine_P = pieces_P < count
         tl.store(item_ptrs_P, sequence, mask=mine_P)
-        tl.store(item_ptrs_P + 1, pieces_P * piece_len, mask=mine_P)
-        tl.store(item_ptrs_P + 2, tl.minimum((pieces_P + 1) * piece_len, context_len), mask=mine_P)
+        starts_P = base + pieces_P * piece_len
+        tl.store(item_ptrs_P + 1, tl.maximum(starts_P, first_seen), mask=mine_P)
+        tl.store(item_ptrs_P + 2, tl.minimum(starts_P + piece_len, context_len), mask=mine_P)
         tl.store(item_ptrs_P + 3, count, mask=mine_P)

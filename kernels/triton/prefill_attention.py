@@ -69,16 +69,20 @@ def prefill_attention(
     tiles_P5: torch.Tensor,
     scale: float,
     out_THD: torch.Tensor,
+    window: int | None = None,
 ) -> None:
-    """Write each query's attention over its context up to itself to ``out_THD``.
+    """Write each query's attention over its context up to itself to ``out_THD``; over ``window`` positions of
+    it, the query's own included, where that is given.
 
     ``tiles_P5``: those of ``prefill_tiles``, on the device. Rows of other sequences are left alone.
     """
     check_attention(query_THD, kv_NCKBD, block_tables_SM, scale, out_THD)
     if tiles_P5.dtype != torch.int32 or not tiles_P5.is_contiguous():
         raise ValueError("tiles_P5: must be int32 and contiguous")
+    if window is not None and window < 1:
+        raise ValueError(f"window: must be at least 1, is {window}")
     if len(tiles_P5):
-        _launch(query_THD, kv_NCKBD, block_tables_SM, tiles_P5, scale, out_THD)
+        _launch(query_THD, kv_NCKBD, block_tables_SM, tiles_P5, scale, out_THD, window)
 
 
 def _tile(head_dim: int, dtype: torch.dtype, capability: int) -> _Tile:
@@ -101,6 +105,7 @@ def _launch(
     tiles_P5: torch.Tensor,
     scale: float,
     out_THD: torch.Tensor,
+    window: int | None,
 ) -> None:
     _, num_heads, head_dim = query_THD.shape
     num_kv_heads, block_size = kv_NCKBD.shape[2:4]
@@ -116,12 +121,14 @@ def _launch(
         query_THD.stride(0),
         *kv_NCKBD.stride()[:3],
         block_tables_SM.stride(0),
+        window or 0,
         GROUP=num_heads // num_kv_heads,
         ROWS=tile.rows,
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=max(MIN_TILE, triton.next_power_of_2(head_dim)),
         BLOCK_SIZE=block_size,
         TILE=tile.positions,
+        WINDOWED=window is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         enable_fp_fusion=True,
@@ -142,12 +149,14 @@ def _prefill_kernel(
     value_stride,
     head_stride,
     table_stride,
+    window,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     # Programs that run together are the KV heads of one tile of rows, all equally long.
     kv_head = tl.program_id(0)
@@ -175,11 +184,18 @@ def _prefill_kernel(
         query_RD = tl.load(query_ptrs_RD)
 
     last_seen_R = prefix_len + tokens_R
+    first_seen_R = last_seen_R - window + 1 if WINDOWED else last_seen_R
     first_token = first_row // GROUP
     last_token = tl.minimum(first_row + ROWS, query_len * GROUP) - 1
     end = prefix_len + last_token // GROUP + 1
-    # Up to here every row of the tile sees every position, and needs no mask.
+    # Up to here every row of the tile sees every position, and needs no mask...
     masked_from = (prefix_len + first_token + 1) // TILE * TILE
+    whole_from = 0
+    if WINDOWED:
+        # ...but from here on only: before, the windows of the later rows have not begun.
+        last_window = tl.maximum(prefix_len + last_token // GROUP + 1 - window, 0)
+        whole_from = tl.minimum(tl.cdiv(last_window, TILE) * TILE, end)
+        masked_from = tl.maximum(masked_from, whole_from)
 
     key_ptr = kv_ptr + kv_head.to(tl.int64) * head_stride
     value_ptr = key_ptr + value_stride
@@ -187,13 +203,36 @@ def _prefill_kernel(
     acc_RD = tl.zeros((ROWS, HEAD_DIM_PADDED), tl.float32)
     max_R = tl.full((ROWS,), -float("inf"), tl.float32)
     sum_R = tl.zeros((ROWS,), tl.float32)
+    if WINDOWED:
+        acc_RD, max_R, sum_R = attend(
+            acc_RD,
+            max_R,
+            sum_R,
+            query_RD,
+            first_seen_R,
+            last_seen_R,
+            tl.maximum(prefix_len + first_token + 1 - window, 0),
+            whole_from,
+            key_ptr,
+            value_ptr,
+            table_ptr,
+            block_stride,
+            scale_log2,
+            HEAD_DIM,
+            HEAD_DIM_PADDED,
+            BLOCK_SIZE,
+            TILE,
+            MASKED=True,
+            WINDOWED=True,
+        )
     acc_RD, max_R, sum_R = attend(
         acc_RD,
         max_R,
         sum_R,
         query_RD,
+        first_seen_R,
         last_seen_R,
-        0,
+        whole_from,
         masked_from,
         key_ptr,
         value_ptr,
@@ -205,12 +244,14 @@ def _prefill_kernel(
         BLOCK_SIZE,
         TILE,
         MASKED=False,
+        WINDOWED=False,
     )
     acc_RD, max_R, sum_R = attend(
         acc_RD,
         max_R,
         sum_R,
         query_RD,
+        first_seen_R,
         last_seen_R,
         masked_from,
         end,
@@ -224,6 +265,7 @@ def _prefill_kernel(
         BLOCK_SIZE,
         TILE,
         MASKED=True,
+        WINDOWED=False,
     )
 
     out_RD = acc_RD / sum_R[:, None]

@@ -3,6 +3,7 @@
 Shapes as in ``kernels/attention.py``; L layers.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +36,15 @@ class PagedCase:
         return self.query_THD.shape[-1] ** -0.5
 
     def errors(self, out_THD: torch.Tensor) -> list[float]:
-        """Of each sequence, as a norm relative to its own output's; NaN where anything is NaN."""
+        """Of each sequence, as a norm relative to its own output's; infinite where anything is NaN."""
         out_THD = out_THD.double()
-        bounds = list(zip(self.query_starts[:-1], self.query_starts[1:], strict=True))
-        return [
+        bounds = zip(self.query_starts[:-1], self.query_starts[1:], strict=True)
+        norms = [
             ((out_THD[a:b] - self.expected_THD[a:b]).norm() / self.expected_THD[a:b].norm()).item()
             for a, b in bounds
         ]
+        # Not NaN: the largest of some numbers and NaN may be a number.
+        return [math.inf if math.isnan(norm) else norm for norm in norms]
 
 
 def make_case(

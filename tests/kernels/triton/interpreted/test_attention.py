@@ -37,6 +37,7 @@ def attend(case: PagedCase) -> torch.Tensor:
         case.block_tables_SM,
         case.kv_NCKBD,
         num_heads,
+        case.window,
     )
     write_kv(case.key_TKD, case.value_TKD, case.kv_NCKBD, batch)
     return paged_attention(case.query_THD, case.kv_NCKBD, batch, case.scale)
@@ -71,6 +72,41 @@ def test_attention_is_within_the_dtype_limit_of_fp64(num_heads, num_kv_heads, he
 def test_a_step_of_one_kind_attends_too(shapes):
     case = make_case(shapes)
     assert max(case.errors(attend(case))) < LIMITS[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("window", [1, 7, 32, 33, 100, 5000])
+def test_a_window_is_seen_and_nothing_before_it(window, dtype):
+    """From one narrower than a page or a tile to one wider than any context. Blocks before what the step's
+    queries see are gone: the table leads nowhere, and what is left of a block is NaN.
+    """
+    case = make_case(MIXED, block_size=16, dtype=dtype, window=window)
+    assert max(case.errors(attend(case))) < LIMITS[dtype]
+
+
+def test_what_a_block_holds_before_the_window_is_not_read():
+    case = make_case([(1, 30), (3, 31)], window=7)
+    assert max(case.errors(attend(case))) < LIMITS[torch.float32]
+
+
+@pytest.mark.parametrize(("head_dim", "block_size"), [(80, 64), (128, 32), (256, 16)])
+def test_a_window_does_not_mind_head_and_page_size(head_dim, block_size):
+    case = make_case(MIXED, num_heads=5, num_kv_heads=1, head_dim=head_dim, block_size=block_size, window=45)
+    assert max(case.errors(attend(case))) < LIMITS[torch.float32]
+
+
+@pytest.mark.parametrize("num_multiprocessors", [1, 3, 40])
+def test_the_number_of_splits_of_a_window_does_not_matter(num_multiprocessors):
+    case = make_case(DECODES, window=300)
+    attend(case)
+    lens_S = torch.tensor([*case.context_lens, 0], dtype=torch.int32)
+    plan = plan_decode(lens_S, 2, decode_tile_positions(64, torch.float32), num_multiprocessors, case.window)
+    query_SHD = torch.cat((case.query_THD, case.query_THD[:1]))
+    tables_SM = torch.nn.functional.pad(case.block_tables_SM, (0, 0, 0, 1))
+    out_SHD = torch.full_like(query_SHD, torch.nan)
+    decode_attention(query_SHD, case.kv_NCKBD, tables_SM, plan, case.scale, out_SHD)
+    assert max(case.errors(out_SHD[:-1])) < LIMITS[torch.float32]
+    assert torch.equal(out_SHD[-1], torch.zeros(out_SHD.shape[1:]))
 
 
 def test_it_is_what_the_cpu_device_computes():
@@ -128,13 +164,15 @@ def test_a_step_on_the_device_plans_itself_and_its_padding_gives_zero():
     assert batch.slot_offsets_T[:-2].tolist() == [position % 32 for position in expected]
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 8])
-def test_a_plan_covers_every_position_once(num_kv_heads):
-    """Items lie in the order of sequences and positions, start at granules, and fit the grid's bound."""
+@pytest.mark.parametrize(("num_kv_heads", "window"), [(1, None), (8, None), (1, 31), (8, 1), (1, 1000)])
+def test_a_plan_covers_every_position_once(num_kv_heads, window):
+    """Items lie in the order of sequences and positions, start at granules or with the window, and fit the
+    grid's bound.
+    """
     generator = np.random.default_rng(0)
     for longest, num_sequences in ((1, 1), (100, 3), (5000, 2), (40_000, 1), (3000, 40)):
         lens_S = generator.integers(0, longest + 1, num_sequences)
-        plan = plan_decode(torch.from_numpy(lens_S.astype(np.int32)), num_kv_heads, 32, 132)
+        plan = plan_decode(torch.from_numpy(lens_S.astype(np.int32)), num_kv_heads, 32, 132, window)
         first_items = plan.first_items_S1.tolist()
         assert first_items[0] == 0
         assert first_items[-1] <= len(plan.items_I4)
@@ -144,8 +182,9 @@ def test_a_plan_covers_every_position_once(num_kv_heads):
             assert all(item[0] == s and item[3] == len(mine) for item in mine)
             bounds = [item[1] for item in mine] + [length]
             assert [item[2] for item in mine] == bounds[1:]
-            assert bounds[0] == 0
-            assert all(start % 32 == 0 and start < max(end, 1) for start, end in pairwise(bounds))
+            assert bounds[0] == (0 if window is None else max(0, length - window))
+            assert all(start % 32 == 0 for start in bounds[1:-1])
+            assert all(start < max(end, 1) for start, end in pairwise(bounds))
 
 
 def test_long_contexts_are_cut_and_short_ones_are_not():
@@ -251,7 +290,31 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[Path], None]]] = {
         "decode_plan",
         "mine_P = pieces_P < count",
         "mine_P = pieces_P < count - 1",
-        lambda _: test_a_plan_covers_every_position_once(1),
+        lambda _: test_a_plan_covers_every_position_once(1, None),
+    ),
+    "a window that is a key too wide": (
+        "prefill_attention",
+        "last_seen_R - window + 1 if WINDOWED",
+        "last_seen_R - window if WINDOWED",
+        lambda _: test_a_window_is_seen_and_nothing_before_it(33, torch.float32),
+    ),
+    "stale values read before the window": (
+        "online_softmax",
+        "present_X = present_X & (positions_X >= first)",
+        "present_X = present_X",
+        lambda _: test_what_a_block_holds_before_the_window_is_not_read(),
+    ),
+    "no guard for rows that have seen nothing yet": (
+        "online_softmax",
+        'tl.where(new_max_R == -float("inf"), 0.0, new_max_R) if WINDOWED else new_max_R',
+        "new_max_R",
+        lambda _: test_a_window_is_seen_and_nothing_before_it(33, torch.float32),
+    ),
+    "a plan of the whole context for a window": (
+        "decode_plan",
+        "first_seen = tl.maximum(context_len - window, 0) if WINDOWED else 0",
+        "first_seen = 0",
+        lambda _: test_a_plan_covers_every_position_once(1, 31),
     ),
 }
 
