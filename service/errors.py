@@ -54,6 +54,7 @@ CODES: Mapping[str, grpc.StatusCode] = {
     "TIME_LIMIT": grpc.StatusCode.DEADLINE_EXCEEDED,
     "OPEN_TIMEOUT": grpc.StatusCode.DEADLINE_EXCEEDED,
     "DRAINING": grpc.StatusCode.UNAVAILABLE,
+    "MODEL_LOADING": grpc.StatusCode.UNAVAILABLE,
     "ENGINE_RESTARTING": grpc.StatusCode.UNAVAILABLE,
     "INTERNAL": grpc.StatusCode.INTERNAL,
 }

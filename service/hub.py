@@ -65,6 +65,8 @@ class Hub:
         self.stats = Stats()
         self.admission = admission
         self.is_draining = False
+        self.restarts = 0
+        """Engines that took the place of one that died."""
         self.observer = Observer()
         """Told of every request; set before the first one comes."""
         self.stopping = asyncio.Event()
@@ -281,6 +283,7 @@ class Hub:
             if poison := self._submitted.get(engine_id):
                 poison.fail(Failure("POISON_SUSPECTED", "the engine dies of this request"))
         await self._restart(gone)
+        self.restarts += 1
 
     async def _tell_all(self) -> None:
         """Let a new engine go on with every request; first with those that are suspect, one at a time."""

@@ -1,4 +1,4 @@
-"""The life of ``tidegate serve``: load the model, serve it until a signal comes, drain, end."""
+"""The life of ``tidegate serve``: listen, load the model, serve it until a signal comes, drain, end."""
 
 import asyncio
 import contextlib
@@ -26,6 +26,7 @@ from tidegate.service.compat.protocols import Compat
 from tidegate.service.config import ServerConfig
 from tidegate.service.errors import log_unexpected
 from tidegate.service.gateway import Gateway, find_program
+from tidegate.service.listener import Listener, open_listener
 from tidegate.service.observe import Tracer
 from tidegate.service.security import Security, load_security
 from tidegate.service.server import start_server
@@ -43,18 +44,19 @@ def run(config: ServerConfig) -> int:
 
 
 async def serve(config: ServerConfig) -> int:
-    """Load the model, serve it until a signal comes, drain. Returns the exit status.
+    """Listen, load the model, serve it until a signal comes, drain. Returns the exit status.
 
     A start that cannot work, or an engine that ends, is one line in the log and status 1. A second
     signal ends the process at once.
     """
     configure_logging(config.log_format)
     try:
-        # Before the model loads: a mistake here shows at once.
+        # Before the model loads: a mistake here shows at once, and probes and early clients get an answer.
         security = load_security(config.security)
         tracer = None if config.otlp_endpoint is None else _load_tracer(config.otlp_endpoint)
         if config.openai_port is not None:
             find_program()
+        listener = await _listen(config, security, tracer)
     except ConfigError as error:
         _log.error("cannot start", reason=str(error))
         return 1
@@ -64,14 +66,16 @@ async def serve(config: ServerConfig) -> int:
     if not loading.done():
         loading.cancel()
         await asyncio.wait({loading})
+        await listener.close()
         return 0
     try:
         engine, text = await loading
     except (ConfigError, EngineGone) as error:
+        await listener.close()
         _log.error("cannot start", reason=str(error))
         return 1
     try:
-        return await _serve(config, security, tracer, engine, text, stopping)
+        return await _serve(config, listener, engine, text, stopping)
     finally:
         await engine.close()
         text.close()
@@ -79,49 +83,48 @@ async def serve(config: ServerConfig) -> int:
             await asyncio.to_thread(tracer.close)
 
 
-async def _serve(
-    config: ServerConfig,
-    security: Security,
-    tracer: Tracer | None,
-    engine: Supervisor,
-    text: Text,
-    stopping: asyncio.Task[None],
-) -> int:
-    folder = await asyncio.to_thread(resolve, config.engine.model)
+async def _listen(config: ServerConfig, security: Security, tracer: Tracer | None) -> Listener:
+    """Raises ``ConfigError``."""
     # The gateway speaks to a port that nobody else needs to know.
     for_gateway = [] if config.openai_port is None else ["127.0.0.1:0"]
-    try:
-        server = await start_server(
-            engine,
-            text,
-            addresses=[*config.addresses, *for_gateway],
-            admission=config.admission_limits(),
-            security=security,
-            health_addresses=[] if config.health_port is None else [every_interface(config.health_port)],
-            admin_addresses=config.admin_addresses,
-            metrics_address=None if config.metrics_port is None else every_interface(config.metrics_port),
-            tracer=tracer,
-            reflection_on=config.reflection,
-            restart=engine.restart,
-            compat=Compat(config.protocols, folder, config.engine.max_num_seqs),
-        )
-    except ConfigError as error:
-        _log.error("cannot start", reason=str(error))
-        return 1
+    return await open_listener(
+        [*config.addresses, *for_gateway],
+        security=security,
+        health_addresses=[] if config.health_port is None else [every_interface(config.health_port)],
+        admin_addresses=config.admin_addresses,
+        metrics_address=None if config.metrics_port is None else every_interface(config.metrics_port),
+        protocols=config.protocols,
+        tracer=tracer,
+        reflection_on=config.reflection,
+    )
+
+
+async def _serve(
+    config: ServerConfig, listener: Listener, engine: Supervisor, text: Text, stopping: asyncio.Task[None]
+) -> int:
+    folder = await asyncio.to_thread(resolve, config.engine.model)
+    server = await start_server(
+        listener,
+        engine,
+        text,
+        admission=config.admission_limits(),
+        restart=engine.restart,
+        compat=Compat(config.protocols, folder, config.engine.max_num_seqs),
+    )
     spare_collector()
     _log.info(
         "ready",
         model=engine.info.model,
-        addresses=server.addresses,
-        health=server.health_addresses,
-        admin=server.admin_addresses,
-        metrics=server.metrics_address,
+        addresses=listener.addresses,
+        health=listener.health_addresses,
+        admin=listener.admin_addresses,
+        metrics=listener.metrics_address,
         after_s=round(process_age(), 2),
     )
     ends: set[asyncio.Future[Any]] = {stopping, server.engine_ended, server.drain_asked}
     try:
         # Around the drain, too: the gateway's requests finish through it.
-        async with _gateway(config, server.addresses[-1], engine.info.model, ends):
+        async with _gateway(config, listener.addresses[-1], engine.info.model, ends):
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if server.engine_ended.done():
                 await server.stop()

@@ -19,9 +19,9 @@ from prometheus_client.registry import Collector
 
 from tidegate.engine.config import ConfigError
 from tidegate.engine.messages import DURATION_BOUNDS, Durations, EngineInfo, ProgressKind, Stats, TierStats
-from tidegate.service.admission import Admission
 from tidegate.service.events import Failed, Finished
 from tidegate.service.generation import Generation
+from tidegate.service.hub import Hub
 from tidegate.service.observe import Observer
 
 SESSION_METHOD = "/tidegate.v1.InferenceService/Session"
@@ -33,17 +33,14 @@ LENGTH_BUCKETS = (16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0)
 class Metrics:
     """All that a scrape of one server shows. Made once for a server."""
 
-    def __init__(
-        self,
-        info: EngineInfo,
-        stats: Callable[[], Stats],
-        admission: Admission,
-        is_draining: Callable[[], bool],
-    ) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = RequestMetrics(self.registry)
         self.rpcs = RpcMetrics(self.registry)
-        self.registry.register(_EngineCollector(info, stats, admission, is_draining, self.rpcs))
+
+    def watch(self, info: EngineInfo, hub: Hub) -> None:
+        """From now on, show the engine and the queue too."""
+        self.registry.register(_EngineCollector(info, hub, self.rpcs))
 
     def serve(self, address: str) -> "MetricsServer":
         """Answer scrapes from a thread until the server is closed. Raises ``ConfigError``."""
@@ -180,22 +177,14 @@ class _Gaps(Collector):
 class _EngineCollector(Collector):
     """The engine's totals and the state of queue and tiers, as of its last report."""
 
-    def __init__(
-        self,
-        info: EngineInfo,
-        stats: Callable[[], Stats],
-        admission: Admission,
-        is_draining: Callable[[], bool],
-        rpcs: RpcMetrics,
-    ) -> None:
+    def __init__(self, info: EngineInfo, hub: Hub, rpcs: RpcMetrics) -> None:
         self._info = info
-        self._stats = stats
-        self._admission = admission
-        self._is_draining = is_draining
+        self._hub = hub
+        self._admission = hub.admission
         self._rpcs = rpcs
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        stats = self._hub.stats
         yield from self._queue(stats)
         yield from _tiers(stats)
         yield from _totals(stats)
@@ -217,7 +206,8 @@ class _EngineCollector(Collector):
         for method, number in active.items():
             rpcs.add_metric((method,), number)
         yield rpcs
-        yield _gauge("draining", "1 while the server takes nothing new", self._is_draining())
+        yield _counter("engine_restarts", "Engines that took the place of one that died", self._hub.restarts)
+        yield _gauge("draining", "1 while the server takes nothing new", self._hub.is_draining)
 
     def _for_gateways(self, stats: Stats) -> Iterator[Metric]:
         """By the names that inference gateways and dashboards look for."""

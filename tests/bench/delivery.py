@@ -45,6 +45,7 @@ from tidegate.engine.request import Request
 from tidegate.engine.text import Text
 from tidegate.service.admission import AdmissionLimits
 from tidegate.service.life import spare_collector
+from tidegate.service.listener import open_listener
 from tidegate.service.server import start_server
 from tidegate.v1 import inference_pb2, inference_pb2_grpc, session_pb2
 
@@ -138,9 +139,8 @@ def _stamps() -> memoryview:
 async def front(address: str) -> None:
     text = Text.load("demo")
     engine = await ProcessClient.start(EngineConfig(model="demo"), factory="delivery:TimedCore")
-    server = await start_server(
-        engine, text, addresses=[address], admission=AdmissionLimits(max_waiting=20_000)
-    )
+    listener = await open_listener([address])
+    server = await start_server(listener, engine, text, admission=AdmissionLimits(max_waiting=20_000))
     spare_collector()
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)

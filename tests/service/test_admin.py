@@ -37,7 +37,7 @@ async def front(start_front: Start, tmp_path: Path) -> Front:
 
 @pytest.fixture
 async def admin(front: Front) -> Any:
-    async with grpc.aio.insecure_channel(front.server.admin_addresses[0]) as channel:
+    async with grpc.aio.insecure_channel(front.server.listener.admin_addresses[0]) as channel:
         yield admin_pb2_grpc.AdminServiceStub(channel)
 
 
@@ -50,7 +50,7 @@ async def test_admin_is_served_on_an_address_of_its_own_alone(front: Front, admi
 
 async def test_by_default_there_is_no_admin(start_front: Start) -> None:
     front = await start_front()
-    assert front.server.admin_addresses == []
+    assert front.server.listener.admin_addresses == []
 
 
 async def test_where_callers_are_known_admin_needs_the_role(start_front: Start, tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ async def test_where_callers_are_known_admin_needs_the_role(start_front: Start, 
     front = await start_front(
         admin_addresses=[f"unix:{tmp_path}/admin"], security=load_security(SecurityConfig(auth_tokens=path))
     )
-    async with grpc.aio.insecure_channel(front.server.admin_addresses[0]) as channel:
+    async with grpc.aio.insecure_channel(front.server.listener.admin_addresses[0]) as channel:
         stub = admin_pb2_grpc.AdminServiceStub(channel)
         refusal = await refusal_of(stub.Pause(admin_pb2.PauseRequest()))
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS_MISSING")
@@ -113,7 +113,7 @@ async def test_a_profile_of_no_steps_or_too_many_is_refused(admin: Any, steps: i
 
 async def test_one_profile_at_a_time_also_when_who_asked_has_left(start_front: Start, tmp_path: Path) -> None:
     front = await start_front(admin_addresses=[f"unix:{tmp_path}/admin"], step_seconds=0.3)
-    async with grpc.aio.insecure_channel(front.server.admin_addresses[0]) as channel:
+    async with grpc.aio.insecure_channel(front.server.listener.admin_addresses[0]) as channel:
         stub = admin_pb2_grpc.AdminServiceStub(channel)
         first = stub.Profile(admin_pb2.ProfileRequest(steps=7))
         await until(lambda: front.engine.sent(Profile))
@@ -124,7 +124,7 @@ async def test_one_profile_at_a_time_also_when_who_asked_has_left(start_front: S
 
 async def test_who_asks_an_engine_that_dies_is_told(start_front: Start, tmp_path: Path) -> None:
     front = await start_front(admin_addresses=[f"unix:{tmp_path}/admin"], step_seconds=3600)
-    async with grpc.aio.insecure_channel(front.server.admin_addresses[0]) as channel:
+    async with grpc.aio.insecure_channel(front.server.listener.admin_addresses[0]) as channel:
         call = admin_pb2_grpc.AdminServiceStub(channel).FlushCache(admin_pb2.FlushCacheRequest())
         await until(lambda: front.engine.sent(Flush))
         front.engine.kill()

@@ -152,7 +152,7 @@ async def test_no_prompt_is_in_a_status_a_log_a_metric_or_a_span(
     await until(lambda: front.engine.waiting)
 
     def scrape() -> str:
-        with urllib.request.urlopen(f"http://{front.server.metrics_address}/metrics") as response:
+        with urllib.request.urlopen(f"http://{front.server.listener.metrics_address}/metrics") as response:
             text: str = response.read().decode()
             return text
 

@@ -30,8 +30,8 @@ from wire_clients import (
 )
 
 from tidegate.service.admission import MEMORY_LIMIT, RETRY_SECONDS, AdmissionLimits
+from tidegate.service.listener import MAX_MESSAGE_BYTES
 from tidegate.service.security import SecurityConfig, load_security
-from tidegate.service.server import MAX_MESSAGE_BYTES
 from tidegate.service.session_limits import SessionLimits
 
 Start = Callable[..., Any]

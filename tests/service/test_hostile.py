@@ -21,7 +21,7 @@ from tidegate.service.delivery import Delivery
 from tidegate.service.errors import MAX_VIOLATIONS
 from tidegate.service.events import Failed
 from tidegate.service.generation import Generation
-from tidegate.service.server import STOP_SECONDS
+from tidegate.service.listener import STOP_SECONDS
 from tidegate.service.session import UNREAD_REFUSALS
 from tidegate.v1 import control_pb2, inference_pb2, prompt_pb2
 

@@ -18,7 +18,7 @@ from tidegate.service.admission import AdmissionLimits
 from tidegate.service.call import UNREAD_TOKENS
 from tidegate.service.errors import CODES
 from tidegate.service.intake import MAX_PROMPT_CHARS
-from tidegate.service.server import MAX_MESSAGE_BYTES
+from tidegate.service.listener import MAX_MESSAGE_BYTES
 from tidegate.service.session_limits import SessionLimits
 from tidegate.v1 import events_pb2, inference_pb2, inference_pb2_grpc
 

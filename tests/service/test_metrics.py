@@ -38,7 +38,7 @@ async def front(start_front: Start) -> Front:
 
 async def scrape(front: Front) -> str:
     def read() -> str:
-        with urllib.request.urlopen(f"http://{front.server.metrics_address}/metrics") as response:
+        with urllib.request.urlopen(f"http://{front.server.listener.metrics_address}/metrics") as response:
             text: str = response.read().decode()
             return text
 
@@ -190,7 +190,7 @@ async def test_every_metric_has_a_help_text_and_our_prefix_or_that_of_gateways(f
 async def test_a_port_that_is_taken_ends_the_start(front: Front, tmp_path: Path, start_front: Start) -> None:
     with pytest.raises(ConfigError, match=r"metrics_port .* cannot be opened"):
         await start_front(
-            metrics_address=front.server.metrics_address, addresses=[f"unix:{tmp_path}/another"]
+            metrics_address=front.server.listener.metrics_address, addresses=[f"unix:{tmp_path}/another"]
         )
 
 
@@ -236,4 +236,4 @@ async def test_a_name_that_can_stand_in_no_log_is_left_out(front: Front, name: s
 async def test_without_a_port_there_are_no_metrics(start_front: Start) -> None:
     front = await start_front()
     await front.inference.GenerateUnary(unary())
-    assert front.server.metrics_address is None
+    assert front.server.listener.metrics_address is None

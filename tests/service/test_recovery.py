@@ -209,7 +209,7 @@ async def test_health_says_that_there_is_no_engine(outage: Outage) -> None:
 async def test_a_pause_outlives_the_engine(outage: Outage) -> None:
     await outage.start("r", tokens=30)
     await outage.has_tokens("r", 2)
-    async with grpc.aio.insecure_channel(outage.front.server.admin_addresses[0]) as channel:
+    async with grpc.aio.insecure_channel(outage.front.server.listener.admin_addresses[0]) as channel:
         admin = admin_pb2_grpc.AdminServiceStub(channel)
         await admin.Pause(admin_pb2.PauseRequest())
         told = len(outage.engine.commands)

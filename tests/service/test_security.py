@@ -22,8 +22,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tidegate.engine.config import ConfigError, EngineConfig
 from tidegate.engine.messages import Submit
 from tidegate.service.config import ServerConfig
+from tidegate.service.listener import MAX_METADATA_BYTES
 from tidegate.service.security import SecurityConfig, load_security
-from tidegate.service.server import MAX_METADATA_BYTES
 from tidegate.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 Start = Callable[..., Any]
@@ -424,7 +424,7 @@ async def test_the_health_port_answers_probes_without_credentials_and_nothing_el
     start_front: Start, tokens: SecurityConfig
 ) -> None:
     front = await start_front(security=load_security(tokens), health_addresses=["127.0.0.1:0"])
-    async with grpc.aio.insecure_channel(front.server.health_addresses[0]) as channel:
+    async with grpc.aio.insecure_channel(front.server.listener.health_addresses[0]) as channel:
         health = health_pb2_grpc.HealthStub(channel)
 
         async def state(service: str) -> int:

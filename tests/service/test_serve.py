@@ -14,6 +14,7 @@ import grpc
 import pytest
 from checkpoints import make_checkpoint
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tidegate.v1 import inference_pb2, inference_pb2_grpc
 
@@ -79,6 +80,15 @@ def generate(channel: grpc.Channel, max_tokens: int) -> Any:
     return inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, timeout=60)
 
 
+def reason_of(error: Any) -> str:
+    trailers = dict(error.trailing_metadata())
+    status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+    info = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(info) for detail in status.details)
+    reason: str = info.reason
+    return reason
+
+
 def engine_pid(process: "subprocess.Popen[str]") -> int:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (pid,) = map(int, children)
@@ -113,11 +123,8 @@ def test_without_restarts_the_engines_end_is_told_to_clients_and_ends_the_server
         os.kill(engine_pid(process), signal.SIGKILL)
         with pytest.raises(grpc.RpcError) as caught:
             list(stream)
-    trailers = dict(caught.value.trailing_metadata())
-    status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
-    info = error_details_pb2.ErrorInfo()
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-    assert any(detail.Unpack(info) and info.reason == "ENGINE_RESTARTING" for detail in status.details)
+    assert reason_of(caught.value) == "ENGINE_RESTARTING"
     assert log_until(process, "the engine has ended")["exit_code"] == -signal.SIGKILL
     assert process.wait(20) == 1
 
@@ -135,12 +142,37 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_status_1(
     assert process.returncode == 1
 
 
-def test_a_signal_while_the_model_loads_ends_the_start(serve: Serve, checkpoint: Path) -> None:
-    process = serve(str(checkpoint))
+def engine_that_starts(process: "subprocess.Popen[str]") -> int:
     deadline = time.monotonic() + 30
     while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    return engine_pid(process)
+
+
+def test_while_the_model_loads_the_port_is_open_and_says_so(
+    serve: Serve, checkpoint: Path, address: str
+) -> None:
+    process = serve(str(checkpoint))
+    engine = engine_that_starts(process)
+    os.kill(engine, signal.SIGSTOP)
+    with grpc.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        whole, liveness = (health_pb2.HealthCheckRequest(service=name) for name in ("", "liveness"))
+        assert health.Check(whole, timeout=60).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert health.Check(liveness, timeout=60).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            list(generate(channel, 3))
+        assert reason_of(caught.value) == "MODEL_LOADING"
+        os.kill(engine, signal.SIGCONT)
+        log_until(process, "ready")
+        assert health.Check(whole, timeout=60).status == health_pb2.HealthCheckResponse.SERVING
+        assert sum(len(d.token_ids) for e in generate(channel, 3) for d in e.batch.deltas) == 3
+
+
+def test_a_signal_while_the_model_loads_ends_the_start(serve: Serve, checkpoint: Path) -> None:
+    process = serve(str(checkpoint))
+    engine_that_starts(process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from fake_engine import FakeEngine, byte_text
 from front import Front, open_session, read_status, refusal_of, running_front, until
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -19,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tidegate.engine.client import EngineGone
 from tidegate.engine.config import ConfigError, EngineConfig
 from tidegate.service.config import ServerConfig
-from tidegate.service.server import start_server
+from tidegate.service.listener import open_listener
 from tidegate.v1 import control_pb2, inference_pb2, session_pb2
 
 Start = Callable[..., Any]
@@ -295,16 +294,12 @@ async def test_a_file_in_the_way_of_a_socket_is_not_removed(tmp_path: Path) -> N
 
 
 async def test_tcp_tells_the_port_and_does_not_share_it() -> None:
-    text = byte_text()
-    engine = FakeEngine(text)
-    first = await start_server(engine, text, addresses=["127.0.0.1:0"])
+    first = await open_listener(["127.0.0.1:0"])
     (address,) = first.addresses
     assert int(address.rpartition(":")[2]) > 0
     with pytest.raises(ConfigError, match="in use"):
-        await start_server(engine, text, addresses=[address])
-    await first.stop()
-    await engine.close()
-    text.close()
+        await open_listener([address])
+    await first.close()
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.1.2.3:1", "example.org:1"])

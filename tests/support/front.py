@@ -1,7 +1,7 @@
 """A front on a Unix socket with a fake engine behind it, and the client's side of its RPCs."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +12,12 @@ import pytest
 from fake_engine import FakeEngine, byte_text
 from google.rpc import error_details_pb2, status_pb2
 
+from tidegate.engine.client import EngineGone
 from tidegate.engine.text import Text
 from tidegate.service.admission import AdmissionLimits
+from tidegate.service.compat.protocols import Compat
+from tidegate.service.listener import open_listener
 from tidegate.service.server import Server, start_server
-from tidegate.service.session_limits import SessionLimits
 from tidegate.v1 import control_pb2_grpc, inference_pb2_grpc, session_pb2
 
 SECONDS = 30.0
@@ -42,21 +44,21 @@ async def running_front(
     script: Callable[[list[int], int, int], str] | None = None,
     admission: AdmissionLimits | None = None,
     memory: Callable[[], float] = lambda: 0.0,
-    limits: SessionLimits | None = None,
+    restart: Callable[[EngineGone], Awaitable[None]] | None = None,
+    compat: Compat | None = None,
     **options: Any,
 ) -> AsyncGenerator[Front]:
-    """``options`` are those of ``start_server``."""
+    """``options`` are those of ``open_listener``."""
+    protocols = () if compat is None else compat.protocols
+    listener = await open_listener(
+        **{"addresses": [f"unix:{path / 'tidegate.sock'}"], "protocols": protocols, **options}
+    )
     text = byte_text()
     engine = FakeEngine(text, step_seconds=step_seconds, script=script)
     server = await start_server(
-        engine,
-        text,
-        admission=admission,
-        memory=memory,
-        limits=limits,
-        **{"addresses": [f"unix:{path / 'tidegate.sock'}"], **options},
+        listener, engine, text, admission=admission, memory=memory, restart=restart, compat=compat
     )
-    async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
+    async with grpc.aio.insecure_channel(listener.addresses[0]) as channel:
         yield Front(
             server,
             engine,
