@@ -123,14 +123,14 @@ def test_the_flags_of_serve_are_these() -> None:
 
 def test_without_flags_the_configurations_own_defaults_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[ServerConfig] = []
-    monkeypatch.setattr(cli.server, "run", lambda config: served.append(config) or 0)
+    monkeypatch.setattr(cli.life, "run", lambda config: served.append(config) or 0)
     assert cli.main(["serve", "demo"]) == 0
     assert served == [ServerConfig(engine=EngineConfig(model="demo"))]
 
 
 def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[ServerConfig] = []
-    monkeypatch.setattr(cli.server, "run", lambda config: served.append(config) or 0)
+    monkeypatch.setattr(cli.life, "run", lambda config: served.append(config) or 0)
     given = (
         "--listen unix:/tmp/a --listen 0.0.0.0:1 --insecure --reflection --drain-grace 3 --log-format json "
         "--device cpu --dtype float32 --max-model-len 100 --block-size 16 --device-kv-tokens 200 "
@@ -194,7 +194,7 @@ def test_every_flag_of_serve_reaches_its_configuration(monkeypatch: pytest.Monke
 
 def test_an_openai_port_is_of_loopback_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[ServerConfig] = []
-    monkeypatch.setattr(cli.server, "run", lambda config: served.append(config) or 0)
+    monkeypatch.setattr(cli.life, "run", lambda config: served.append(config) or 0)
     assert cli.main(["serve", "demo", "--openai-port", "8000"]) == 0
     assert cli.main(["serve", "demo", "--openai-port", "0.0.0.0:80", "--insecure"]) == 0
     assert [config.openai_address for config in served] == ["127.0.0.1:8000", "0.0.0.0:80"]
