@@ -133,7 +133,7 @@ class Listener:
         self.limits = limits
         self.metrics = metrics
         self.tracer = tracer
-        names = [*OWN_SERVICES, *(SERVICES[protocol] for protocol in protocols)]
+        names = [*OWN_SERVICES, *(service for protocol in protocols for service in SERVICES[protocol])]
         self.health = HealthService(names)
         self.services = Services(names)
         self.admin_services = Services([ADMIN_SERVICE])

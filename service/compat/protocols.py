@@ -6,11 +6,11 @@ from pathlib import Path
 
 import grpc.aio
 
-from tidegate.service.compat import kserve, vllm
+from tidegate.service.compat import kserve, openengine, vllm
 from tidegate.service.hub import Hub
 from tidegate.service.intake import Intake
 
-SERVICES = {"kserve": kserve.SERVICE, "vllm": vllm.SERVICE}
+SERVICES = {"kserve": (kserve.SERVICE,), "openengine": openengine.SERVICES, "vllm": (vllm.SERVICE,)}
 """Their gRPC services, by the names that a server's flag has for them."""
 PROTOCOLS = tuple(SERVICES)
 
@@ -29,5 +29,7 @@ def add_protocols(server: grpc.aio.Server, compat: Compat, intake: Intake, hub: 
     """Serve the protocols named."""
     if "kserve" in compat.protocols:
         kserve.add(server, intake, hub)
+    if "openengine" in compat.protocols:
+        openengine.add(server, intake, hub, compat.max_num_seqs)
     if "vllm" in compat.protocols:
         vllm.add(server, intake, hub, compat.folder, compat.max_num_seqs)

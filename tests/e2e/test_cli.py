@@ -215,7 +215,7 @@ def test_without_the_gateway_an_openai_port_says_what_to_install() -> None:
         (["serve", "demo", "--listen", "0.0.0.0:1"], "--insecure"),
         (["serve", "demo", "--tls-cert", "c.pem"], "--tls-cert needs tls_key"),
         (["serve", "demo", "--health-port", "here"], "HOST:PORT"),
-        (["serve", "demo", "--protocols", "thrift"], "--protocols must be of kserve, vllm"),
+        (["serve", "demo", "--protocols", "thrift"], "--protocols must be of kserve, openengine, vllm"),
         (["serve", "demo", "--openai-port", "1", "--auth-tokens", "t"], "--openai-port cannot be had beside"),
         (["serve", "demo", "--openai-port", "0.0.0.0:1"], "--insecure"),
         (["serve", "demo", "--openai-port", "1", "--protocols", "kserve"], "--openai-port needs vllm"),

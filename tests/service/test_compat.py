@@ -1,5 +1,6 @@
 """Other people's protocols: what their clients send, in their own words, and what becomes of it."""
 
+import asyncio
 import hashlib
 import io
 import struct
@@ -9,13 +10,16 @@ from typing import Any
 
 import grpc
 import pytest
-from front import Front, refusal_of, until
+from fake_engine import EOS, POISON
+from front import SECONDS, Front, refusal_of, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tidegate.compat.kserve import grpc_service_pb2 as kserve_pb2
 from tidegate.compat.kserve import grpc_service_pb2_grpc as kserve_grpc
+from tidegate.compat.openengine import openengine_pb2, openengine_pb2_grpc
 from tidegate.compat.vllm import common_pb2, engine_pb2, engine_pb2_grpc
 from tidegate.engine.demo import checkpoint_path
+from tidegate.engine.messages import Finish
 from tidegate.service.compat.protocols import PROTOCOLS, SERVICES, Compat
 from tidegate.v1 import inference_pb2
 
@@ -119,6 +123,234 @@ async def test_a_gateway_finds_model_tokenizer_and_load(front: Front) -> None:
     assert max(len(chunk.data) for chunk in chunks) <= 64 * 1024
     with zipfile.ZipFile(io.BytesIO(archive)) as files:
         assert files.read("tokenizer.json") == TOKENIZER
+
+
+# --- openengine.v1 ------------------------------------------------------------------------------------------
+
+
+def inference(front: Front) -> Any:
+    return openengine_pb2_grpc.InferenceStub(front.channel)
+
+
+def control(front: Front) -> Any:
+    return openengine_pb2_grpc.ControlStub(front.channel)
+
+
+def dynamo_request(front: Front, text: str, *, stop: list[Any] | None = None, **stopping: Any) -> Any:
+    """As Dynamo's sidecar fills it in: token ids, the path where it has the tokenizer, and no text wanted."""
+    request = openengine_pb2.GenerateRequest(
+        request_id="r",
+        model="/models/fake",
+        token_ids=openengine_pb2.TokenIds(ids=front.text.encode(text)),
+        sampling=openengine_pb2.SamplingParams(temperature=0, num_sequences=1),
+        stopping=openengine_pb2.StoppingOptions(**stopping),
+        response=openengine_pb2.ResponseOptions(return_output_logprobs=False),
+    )
+    for condition in stop or ():
+        kind = "stop_text" if isinstance(condition, str) else "stop_token_id"
+        request.stopping.conditions.add(**{kind: condition})
+    request.extra["detokenize"] = False
+    return request
+
+
+async def read_all(call: Any) -> tuple[dict[int, list[Any]], dict[int, Any]]:
+    """The tokens of each output, and its end."""
+    tokens: dict[int, list[Any]] = {}
+    ends = {}
+    async for response in call:
+        assert response.request_id == "r"
+        if response.WhichOneof("event") == "token":
+            assert response.token.HasField("output_index")
+            assert response.token.output_index not in ends
+            tokens.setdefault(response.token.output_index, []).extend(response.token.tokens)
+        else:
+            assert response.finished.HasField("output_index")
+            ends[response.finished.output_index] = response
+    return tokens, ends
+
+
+async def test_outputs_add_up_to_what_the_native_api_gives_and_usage_comes_last(front: Front) -> None:
+    whole = await native(front, "the tide", max_tokens=9, n=2)
+    request = dynamo_request(front, "the tide", max_tokens=9)
+    request.sampling.num_sequences = 2
+    tokens, ends = await read_all(inference(front).Generate(request))
+    for completion in whole.completions:
+        assert [info.token_id for info in tokens[completion.choice]] == list(completion.token_ids)
+        assert ends[completion.choice].finished.reason == openengine_pb2.FINISH_REASON_LENGTH
+    first, last = ends.values()
+    assert not first.HasField("usage")
+    prompt_tokens = len(front.text.encode("the tide"))
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (prompt_tokens, 18)
+    assert last.usage.total_tokens == prompt_tokens + 18
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+async def test_text_comes_where_the_client_does_not_make_it_itself(front: Front, wanted: bool) -> None:
+    request = dynamo_request(front, "", max_tokens=9)
+    request.prompt = "the tide"
+    if wanted:
+        request.ClearField("extra")
+    texts = [response.token.text async for response in inference(front).Generate(request)]
+    assert "".join(texts) == (front.engine.expected("the tide", 9) if wanted else "")
+
+
+async def test_logprobs_come_with_as_many_candidates_as_were_asked_for(front: Front) -> None:
+    request = dynamo_request(front, "the tide", max_tokens=3)
+    request.response.return_output_logprobs = True
+    request.response.output_candidates.top_n = 2
+    tokens, _ = await read_all(inference(front).Generate(request))
+    for info in tokens[0]:
+        assert (info.logprob, info.rank) == (-0.5, 1)
+        assert [(candidate.logprob, candidate.rank) for candidate in info.candidates] == [(-1, 1), (-2, 2)]
+
+
+async def test_an_end_names_the_condition_that_matched(start_front: Callable[..., Any]) -> None:
+    front = await start_front(
+        compat=Compat(PROTOCOLS, DEMO, max_num_seqs=7),
+        script=lambda prompt, offset, choice: ["a", "b", "c", EOS][offset],
+    )
+    (b,), (eos,) = front.text.encode("b"), front.text.encode(EOS)
+    for stop, kind, value in (
+        (["bc"], "stop_text", "bc"),
+        ([b], "stop_token_id", b),
+        # Dynamo names the model's end token beside those that its caller asked for.
+        ([eos], "eos_token_id", eos),
+        ([], "eos_token_id", eos),
+    ):
+        _, ends = await read_all(inference(front).Generate(dynamo_request(front, "x", stop=stop)))
+        finished = ends[0].finished
+        assert finished.reason == openengine_pb2.FINISH_REASON_STOP
+        assert finished.stop_match.WhichOneof("match") == kind
+        assert getattr(finished.stop_match, kind) == value
+
+
+async def test_what_an_engine_of_dynamo_may_be_asked_for_and_we_cannot_do_is_refused(front: Front) -> None:
+    request = dynamo_request(front, "x")
+    request.kv.session.SetInParent()
+    request.kv.cache_salt = "salt"
+    request.kv.bypass_prefix_cache = True
+    request.guided.regex = "a*"
+    request.media.add()
+    request.lora_name = "adapter"
+    request.extra["request_type"] = "context_only"
+    request.response.return_prompt_logprobs = True
+    request.response.prompt_candidates.top_n = 1
+    request.response.output_candidates.all.SetInParent()
+    request.sampling.top_k = -2
+    request.stopping.conditions.add()
+    refusal = await refusal_of(inference(front).Generate(request))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+    assert set(refusal.violations) == {
+        "kv.session",
+        "kv.cache_salt",
+        "kv.bypass_prefix_cache",
+        "guided.regex",
+        "media",
+        "lora_name",
+        "extra.request_type",
+        "response.return_prompt_logprobs",
+        "response.prompt_candidates",
+        "response.output_candidates.all",
+        "sampling.top_k",
+        "stopping.conditions[0]",
+    }
+    assert not front.engine.commands
+
+
+async def test_another_model_is_not_found_and_a_path_is_no_model(front: Front) -> None:
+    for name in ("", "fake", "/anywhere/else", "./here"):
+        model = await control(front).GetModelInfo(openengine_pb2.GetModelInfoRequest(model=name))
+        assert (model.served_model_name, model.max_context_length) == ("fake", 2048)
+    request = dynamo_request(front, "x", max_tokens=1)
+    request.model = "other/model"
+    for call in (
+        control(front).GetModelInfo(openengine_pb2.GetModelInfoRequest(model="other/model")),
+        inference(front).Generate(request),
+    ):
+        assert (await refusal_of(call)).reason == "MODEL_NOT_FOUND"
+
+
+async def test_a_refusal_is_a_status_and_a_later_failure_an_event(front: Front) -> None:
+    refusal = await refusal_of(inference(front).Generate(dynamo_request(front, "x", max_tokens=10**6)))
+    assert refusal.code == grpc.StatusCode.INVALID_ARGUMENT
+    call = inference(front).Generate(dynamo_request(front, f"the tide{POISON}", max_tokens=9))
+    (response,) = [response async for response in call]
+    assert response.error.code == openengine_pb2.ERROR_CODE_INTERNAL
+    assert response.error.details["reason"] == "NONFINITE_LOGITS"
+    assert not response.error.retryable
+    assert await call.code() == grpc.StatusCode.OK
+
+
+async def test_a_client_that_leaves_cancels_and_aborts_in_either_order(front: Front) -> None:
+    front.engine.step_seconds = 0.01
+    abort = openengine_pb2.AbortRequest(request_id="r")
+    call = inference(front).Generate(dynamo_request(front, "the tide", max_tokens=900, ignore_eos=True))
+    async for response in call:
+        if response.HasField("token"):
+            assert (await control(front).Abort(abort)).status in (
+                openengine_pb2.ABORT_STATUS_ABORTED,
+                openengine_pb2.ABORT_STATUS_ALREADY_FINISHED,  # it ended while this came
+            )
+    assert response.finished.reason == openengine_pb2.FINISH_REASON_CANCELLED
+    await until(lambda: not front.engine.running)
+
+    call = inference(front).Generate(dynamo_request(front, "the tide", max_tokens=900, ignore_eos=True))
+    await call.read()
+    call.cancel()
+    await until(lambda: not front.engine.running)
+    for _ in range(2):
+        answer = await control(front).Abort(abort)
+        assert answer.status == openengine_pb2.ABORT_STATUS_ALREADY_FINISHED
+
+
+async def test_a_stream_that_is_cancelled_behind_its_end_is_no_abort(front: Front) -> None:
+    call = inference(front).Generate(dynamo_request(front, "the tide", max_tokens=9))
+    while not (await call.read()).HasField("finished"):
+        pass
+    call.cancel()
+    # The id is free again, so the first request is over for the server, too.
+    await read_all(inference(front).Generate(dynamo_request(front, "the tide", max_tokens=9)))
+    assert front.engine.sent(Finish) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "field"),
+    [({}, "request_id"), ({"all_requests": {}}, "all_requests"), ({"kv_session": {}}, "kv_session")],
+)
+async def test_an_abort_of_anything_but_a_request_is_refused(
+    front: Front, target: dict[str, Any], field: str
+) -> None:
+    refusal = await refusal_of(control(front).Abort(openengine_pb2.AbortRequest(**target)))
+    assert set(refusal.violations) == {field}
+
+
+async def test_a_framework_finds_server_capabilities_load_and_health(front: Front) -> None:
+    server = await control(front).GetServerInfo(openengine_pb2.GetServerInfoRequest())
+    assert (server.engine_name, list(server.supported_models)) == ("tidegate", ["fake"])
+    assert (server.schema_revision, server.minimum_client_revision) == (1, 1)
+    assert (server.capacity.kv_block_size, server.capacity.total_kv_blocks) == (16, 64)
+    assert server.capacity.max_running_requests == 7
+    model = await control(front).GetModelInfo(openengine_pb2.GetModelInfoRequest(model="fake"))
+    assert model.generation.output_logprobs.supported
+    assert not model.generation.guided_decoding.supported
+    assert model.generation.guided_decoding.HasField("supported")
+    front.engine.step_seconds = 0.01
+    call = inference(front).Generate(dynamo_request(front, "the tide", max_tokens=900, ignore_eos=True))
+    await call.read()
+    load = await control(front).GetLoad(openengine_pb2.GetLoadRequest())
+    assert (load.running_requests, load.used_kv_blocks, load.total_kv_blocks) == (1, 1, 64)
+    health = await control(front).Health(openengine_pb2.HealthRequest())
+    assert health.state == openengine_pb2.HEALTH_STATE_READY
+    refusal = await refusal_of(
+        control(front).Health(openengine_pb2.HealthRequest(include_inference_probe=True))
+    )
+    assert set(refusal.violations) == {"include_inference_probe"}
+    draining = asyncio.create_task(front.server.drain(SECONDS))
+    await asyncio.sleep(0)  # it has begun; the request under way keeps it from ending
+    health = await control(front).Health(openengine_pb2.HealthRequest())
+    assert health.state == openengine_pb2.HEALTH_STATE_DRAINING
+    call.cancel()
+    await draining
 
 
 # --- KServe ------------------------------------------------------------------------------------------------
@@ -235,7 +467,7 @@ async def test_what_is_wrong_with_an_inference_is_named(front: Front, change: An
 
 async def test_health_knows_the_protocols_by_their_services(front: Front) -> None:
     health = health_pb2_grpc.HealthStub(front.channel)
-    for service in SERVICES.values():
+    for service in (service for services in SERVICES.values() for service in services):
         answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
