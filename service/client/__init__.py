@@ -21,6 +21,7 @@ memory; reading on brings it back. See ``AsyncClient``, ``Session``, ``Stream`` 
 
 from tidegate.service.client.aio import DEFAULT_TARGET, AsyncClient
 from tidegate.service.client.errors import (
+    AccessDenied,
     AlreadyExists,
     Cancelled,
     DeadlineExceeded,
@@ -59,6 +60,7 @@ from tidegate.service.client.sync import BlockingSession, BlockingSessionStream,
 
 __all__ = [
     "DEFAULT_TARGET",
+    "AccessDenied",
     "Admitted",
     "AlreadyExists",
     "AsyncClient",

@@ -1,5 +1,6 @@
 """The asyncio client: a channel to a server, or to each of its replicas."""
 
+import functools
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
@@ -33,6 +34,12 @@ _CHANNEL_OPTIONS = (
 )
 
 
+def _channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(target, credentials, options=_CHANNEL_OPTIONS)
+
+
 class AsyncClient:
     """A client of one Tidegate server, for asyncio.
 
@@ -46,17 +53,29 @@ class AsyncClient:
     come.
     """
 
-    def __init__(self, target: str | Sequence[str] = DEFAULT_TARGET, *, retries: int = 3) -> None:
+    def __init__(
+        self,
+        target: str | Sequence[str] = DEFAULT_TARGET,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        retries: int = 3,
+    ) -> None:
         """``target``: ``host:port`` or ``unix:/path``. Made in the event loop that uses it.
 
         Several are replicas of one server: calls go to the first, and sessions go on at another one when
         theirs is lost or about to stop.
+
+        ``credentials``: of ``grpc.ssl_channel_credentials``, for a server that speaks TLS; with a certificate
+        of the client's own where it asks for one. ``token``: goes with every call as
+        ``authorization: Bearer``, readable to whoever listens on a network without TLS.
         """
         targets = [target] if isinstance(target, str) else list(target)
         if not targets:
             raise ValueError("target must name at least one address")
         self._retries = retries
-        self._channels = [grpc.aio.insecure_channel(one, options=_CHANNEL_OPTIONS) for one in targets]
+        self._channels = [_channel(one, credentials) for one in targets]
+        self._metadata = (("authorization", f"Bearer {token}"),) if token is not None else ()
         self._channel = self._channels[0]
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
@@ -88,7 +107,7 @@ class AsyncClient:
         request = inference_pb2.GenerateRequest(**messages.request_fields(prompt, options))
 
         def start(seconds_left: float | None) -> GenerateCall:
-            return self._inference.Generate(request, timeout=seconds_left)
+            return self._inference.Generate(request, timeout=seconds_left, metadata=self._metadata)
 
         stream = GenerateStream(request.request_id, start, self._retries, timeout)
         self._open.add(stream)
@@ -100,14 +119,17 @@ class AsyncClient:
         """One request, one answer."""
         request = inference_pb2.GenerateUnaryRequest(**messages.request_fields(prompt, options))
         answer = await call_with_retries(
-            lambda left: self._inference.GenerateUnary(request, timeout=left), self._retries, timeout
+            lambda left: self._inference.GenerateUnary(request, timeout=left, metadata=self._metadata),
+            self._retries,
+            timeout,
         )
         return messages.response(answer)
 
     def session(self) -> Session:
         """Many requests on one stream: ``async with client.session() as session``."""
         stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
-        session = Session([stub.Session for stub in stubs], self._retries)
+        connects = [functools.partial(stub.Session, metadata=self._metadata) for stub in stubs]
+        session = Session(connects, self._retries)
         self._open.add(session)
         return session
 
@@ -115,7 +137,9 @@ class AsyncClient:
         """The token ids that a prompt becomes."""
         request = inference_pb2.TokenizeRequest(prompt=messages.prompt_message(prompt))
         answer = await call_with_retries(
-            lambda left: self._inference.Tokenize(request, timeout=left), self._retries, timeout
+            lambda left: self._inference.Tokenize(request, timeout=left, metadata=self._metadata),
+            self._retries,
+            timeout,
         )
         return list(answer.token_ids)
 
@@ -127,7 +151,9 @@ class AsyncClient:
             token_ids=token_ids, skip_special_tokens=skip_special_tokens
         )
         answer = await call_with_retries(
-            lambda left: self._inference.Detokenize(request, timeout=left), self._retries, timeout
+            lambda left: self._inference.Detokenize(request, timeout=left, metadata=self._metadata),
+            self._retries,
+            timeout,
         )
         return answer.text
 
@@ -135,34 +161,42 @@ class AsyncClient:
         """How many tokens a prompt becomes."""
         request = inference_pb2.CountTokensRequest(prompt=messages.prompt_message(prompt))
         answer = await call_with_retries(
-            lambda left: self._inference.CountTokens(request, timeout=left), self._retries, timeout
+            lambda left: self._inference.CountTokens(request, timeout=left, metadata=self._metadata),
+            self._retries,
+            timeout,
         )
         return answer.tokens
 
     async def server_info(self, *, timeout: float | None = None) -> control_pb2.GetServerInfoResponse:
         request = control_pb2.GetServerInfoRequest()
         return await call_with_retries(
-            lambda left: self._control.GetServerInfo(request, timeout=left), self._retries, timeout
+            lambda left: self._control.GetServerInfo(request, timeout=left, metadata=self._metadata),
+            self._retries,
+            timeout,
         )
 
     async def model_info(self, *, timeout: float | None = None) -> control_pb2.GetModelInfoResponse:
         request = control_pb2.GetModelInfoRequest()
         return await call_with_retries(
-            lambda left: self._control.GetModelInfo(request, timeout=left), self._retries, timeout
+            lambda left: self._control.GetModelInfo(request, timeout=left, metadata=self._metadata),
+            self._retries,
+            timeout,
         )
 
     async def inspect(self, *, timeout: float | None = None) -> control_pb2.InspectResponse:
         """What the two tiers hold at this moment, and the sequences in the engine."""
         request = control_pb2.InspectRequest()
         return await call_with_retries(
-            lambda left: self._control.Inspect(request, timeout=left), self._retries, timeout
+            lambda left: self._control.Inspect(request, timeout=left, metadata=self._metadata),
+            self._retries,
+            timeout,
         )
 
     async def watch_load(self, min_interval: float = 1.0) -> AsyncIterator[control_pb2.WatchLoadResponse]:
         """The load and the running totals: at once, then at changes, ``min_interval`` seconds apart."""
         request = control_pb2.WatchLoadRequest(min_interval=messages.duration(min_interval))
         try:
-            async for response in self._control.WatchLoad(request):
+            async for response in self._control.WatchLoad(request, metadata=self._metadata):
                 yield response
         except grpc.aio.AioRpcError as failure:
             raise error_from_rpc(failure) from None
@@ -171,6 +205,8 @@ class AsyncClient:
         """End one of the caller's requests, whatever started it; whether it was under way."""
         request = control_pb2.AbortRequest(request_id=request_id)
         answer = await call_with_retries(
-            lambda left: self._control.Abort(request, timeout=left), self._retries, timeout
+            lambda left: self._control.Abort(request, timeout=left, metadata=self._metadata),
+            self._retries,
+            timeout,
         )
         return answer.aborted

@@ -60,6 +60,10 @@ class FailedPrecondition(TidegateError):
     """Not possible with this model, such as chat without a chat template."""
 
 
+class AccessDenied(TidegateError):
+    """The server asks for another token or certificate, or for a role that this one does not have."""
+
+
 class Overloaded(TidegateError):
     """No room now. ``retry_after`` says when to try again, where that makes sense."""
 
@@ -90,6 +94,8 @@ _CLASSES: dict[grpc.StatusCode, type[TidegateError]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
+    grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
+    grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,

@@ -9,6 +9,8 @@ from functools import cache
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
+import grpc
+
 from tidegate.service.client.aio import DEFAULT_TARGET, AsyncClient
 from tidegate.service.client.messages import (
     Admitted,
@@ -267,14 +269,23 @@ class Client:
             print(chunk, end="", flush=True)
     """
 
-    def __init__(self, target: str | Sequence[str] = DEFAULT_TARGET, *, retries: int = 3) -> None:
-        """``target``: ``host:port`` or ``unix:/path``; several are replicas, as for ``AsyncClient``."""
+    def __init__(
+        self,
+        target: str | Sequence[str] = DEFAULT_TARGET,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        retries: int = 3,
+    ) -> None:
+        """``target``: ``host:port`` or ``unix:/path``; the arguments are those of ``AsyncClient``."""
+
+        async def connect() -> AsyncClient:  # in the loop that uses it
+            client = AsyncClient(target, credentials=credentials, token=token, retries=retries)
+            return await self._stack.enter_async_context(client)
+
         self._loop = _shared_loop()
         self._stack = AsyncExitStack()
-        self._client = self._loop.run(self._open(target, retries))
-
-    async def _open(self, target: str | Sequence[str], retries: int) -> AsyncClient:
-        return await self._stack.enter_async_context(AsyncClient(target, retries=retries))
+        self._client = self._loop.run(connect())
 
     def __enter__(self) -> Self:
         return self

@@ -19,8 +19,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from front import Front, SessionClient, refusal_of, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tidegate import AsyncClient
 from tidegate.engine.config import ConfigError, EngineConfig
 from tidegate.engine.messages import Submit
+from tidegate.service.client import AccessDenied
 from tidegate.service.config import ServerConfig
 from tidegate.service.listener import MAX_METADATA_BYTES
 from tidegate.service.security import SecurityConfig, load_security
@@ -415,6 +417,41 @@ async def test_a_socket_beside_mutual_tls_is_local(
     async with tls_channel(front, authority, authority.issue("chat")) as channel:
         await call_over(channel)
     assert tenants(front) == ["local", "chat"]
+
+
+async def test_our_client_shows_its_certificate_and_its_token_with_every_call(
+    start_front: Start, authority: Authority, server_cert: Issued, tokens: SecurityConfig
+) -> None:
+    config = SecurityConfig(
+        tls_cert=server_cert.cert,
+        tls_key=server_cert.key,
+        tls_client_ca=authority.cert,
+        auth_tokens=tokens.auth_tokens,
+    )
+    front = await start_front(security=load_security(config), addresses=["127.0.0.1:0"])
+    own = authority.issue("chat")
+    credentials = grpc.ssl_channel_credentials(
+        authority.cert.read_bytes(), own.key.read_bytes(), own.cert.read_bytes()
+    )
+    address = front.server.addresses[0]
+    async with AsyncClient(address, credentials=credentials, token=BOB) as client:
+        await client.generate_unary("the tide", max_tokens=2)
+        assert await client.generate("the tide", max_tokens=2).text()
+        async with client.session() as session:
+            assert await (await session.start("the tide", max_tokens=2)).text()
+        await client.tokenize("the tide")
+        await client.count_tokens("the tide")
+        await client.detokenize([97])
+        await client.server_info()
+        await client.model_info()
+        await client.abort("unknown")
+        async for _ in client.watch_load():
+            break
+    assert tenants(front) == ["bob"] * 3
+    for token in (None, "unknown-0123456789"):
+        async with AsyncClient(address, credentials=credentials, token=token) as client:
+            with pytest.raises(AccessDenied):
+                await client.generate_unary("the tide", max_tokens=2)
 
 
 # --- the port for probes ----------------------------------------------------------------------------------
