@@ -108,7 +108,7 @@ class Admitted(msgspec.Struct, array_like=True):
     cached_host_tokens: int
 
 
-class Delta(msgspec.Struct, array_like=True):
+class Delta(msgspec.Struct, array_like=True, gc=False):
     """New tokens of one choice; ``offset`` is the output offset of the first."""
 
     request_id: str

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import jinja2
 from tokenizers import Tokenizer, decoders
@@ -43,7 +44,7 @@ class Text:
         )
         self._is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._token_bytes: dict[int, bytes] = {}
-        self._whole_texts: tuple[dict[int, str], dict[int, str]] = ({}, {})
+        self._plain: WeakValueDictionary[tuple[bool, tuple[str, ...]], PlainTokens] = WeakValueDictionary()
         self._pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="text")
 
     @classmethod
@@ -216,9 +217,9 @@ class Text:
             self._token_bytes[token_id] = known
         return known
 
-    def whole_texts(self, skip_special_tokens: bool) -> dict[int, str]:
-        """The text of byte-level tokens that are whole characters, as far as they have been met."""
-        return self._whole_texts[skip_special_tokens]
+    def plain_tokens(self, skip_special_tokens: bool, stops: tuple[str, ...]) -> "PlainTokens":
+        """Shared by all streams of this kind, and gone with the last of them."""
+        return self._plain.setdefault((skip_special_tokens, stops), PlainTokens())
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -228,8 +229,17 @@ class Text:
         return await loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
 
 
+class PlainTokens(dict[int, str]):
+    """The text of tokens, as far as they were met, that is the same whatever came before, and that no stop
+    string has a part in: behind a stream that holds nothing back, they need not be looked at again.
+    """
+
+
 class Detokenizer(Protocol):
     """Token ids in, text out. What went in gives, all together, the text of the whole."""
+
+    is_between: bool
+    """Whether the next token's text depends on that token alone."""
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty inside a character."""
@@ -249,28 +259,19 @@ class _ByteLevelDetokenizer:
         self._skip = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._decode = self._decoder.decode
-        self._whole = text.whole_texts(skip_special_tokens)
-        """Of tokens that are whole characters: between such, nothing has to be decoded."""
-        self._is_between = True
-        """Whether no character is begun."""
+        self.is_between = True
 
     def copy(self) -> "_ByteLevelDetokenizer":
         twin = _ByteLevelDetokenizer(self._text, self._skip)
         twin._decoder.setstate(self._decoder.getstate())
-        twin._is_between = self._is_between
+        twin.is_between = self.is_between
         return twin
 
     def push(self, token_id: int) -> str:
-        if self._is_between:
-            whole = self._whole.get(token_id)
-            if whole is not None:
-                return whole
         if self._skip and self._text.is_special(token_id):
             return ""
         text = self._decode(self._text.token_bytes(token_id))
-        was_between, self._is_between = self._is_between, not self._decoder.getstate()[0]
-        if was_between and self._is_between:
-            self._whole[token_id] = text
+        self.is_between = not self._decoder.getstate()[0]
         return text
 
     def flush(self) -> str:
@@ -283,6 +284,8 @@ class _WindowDetokenizer:
     The head gives the decoder its context (whether to write the space before a word, say). A window
     that ends in U+FFFD may be inside a character and waits.
     """
+
+    is_between = False
 
     def __init__(self, text: Text, skip_special_tokens: bool) -> None:
         self._text = text
@@ -355,9 +358,13 @@ class TextStream:
         self.stop: StopMatch | None = None
         self._text = text
         self._detokenizer = text.detokenizer(params.skip_special_tokens)
+        self._skip_special_tokens = params.skip_special_tokens
         self._stops = _stop_automaton(params.stop) if params.stop else None
         self._state = 0
         self._held = ""
+        self._plain = text.plain_tokens(params.skip_special_tokens, params.stop)
+        self._is_clear = self._detokenizer.is_between
+        """Whether nothing is held back, neither of a stop string nor of a character."""
         self._min_tokens = params.min_tokens
         self._include_stop = params.include_stop
 
@@ -373,11 +380,11 @@ class TextStream:
         for index, token_id in enumerate(token_ids):
             if self.stop is not None:
                 break
-            self.num_tokens += 1
             if index == last and reason is FinishReason.STOP_TOKEN:
+                self.num_tokens += 1
                 parts.append(self._end(self._text.decode([token_id], False) if self._include_stop else ""))
             else:
-                parts.append(self._match(self._detokenizer.push(token_id)))
+                parts.append(self.push_step(token_id))
         if reason is not None:
             parts.append(self._end())
         return TextDelta("".join(parts), self.num_tokens - before, self.stop)
@@ -395,10 +402,17 @@ class TextStream:
     def push_step(self, token_id: int) -> str:
         """``push`` of one token behind which the engine goes on: the usual step, which is to be fast."""
         self.num_tokens += 1
-        text = self._detokenizer.push(token_id)
-        if self._stops is None or (not self._held and self._stops.beginnings.isdisjoint(text)):
-            return text
-        return self._match(text)
+        was_clear = self._is_clear
+        if was_clear:
+            plain = self._plain.get(token_id)
+            if plain is not None:
+                return plain
+        text = self._match(self._detokenizer.push(token_id))
+        self._is_clear = not self._held and self._detokenizer.is_between
+        # Below min_tokens, a stop string that is complete does not show.
+        if was_clear and self._is_clear and self.stop is None and self.num_tokens >= self._min_tokens:
+            self._plain[token_id] = text
+        return text
 
     def change_stops(self, stops: tuple[str, ...]) -> str:
         """Other stop strings, from the next token on; the text that only the old ones held back.
@@ -409,12 +423,14 @@ class TextStream:
             return ""
         text, self._state = self._held, 0
         self._stops = _stop_automaton(stops) if stops else None
+        self._plain = self._text.plain_tokens(self._skip_special_tokens, stops)
         keep = len(text)
         if self._stops is not None:
             for char in text:
                 self._state, _ = self._stops.step(self._state, char)
             keep -= self._stops.depth[self._state]
         self._held = text[keep:]
+        self._is_clear = not self._held and self._detokenizer.is_between
         return text[:keep]
 
     def _end(self, stop_token_text: str = "") -> str:
@@ -459,8 +475,6 @@ class _StopAutomaton:
         self._fail = [0]
         self._matched: list[str | None] = [None]
         self.depth = [0]
-        self.beginnings = frozenset(stop[0] for stop in stops)
-        """Text without any of these, behind text that holds nothing back, is in no stop string."""
         for stop in stops:
             self._insert(stop)
         # Breadth first: a state's fallback is shallower than the state.

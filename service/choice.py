@@ -82,10 +82,10 @@ class Choice:
         self._params = params
         self._changes: list[_StopChange] = []
         self.waiting_text = ""
-        """Of [sent, _text_upto)."""
-        self._text_upto = self.num_given
+        """Of [sent, _text_upto), or where that counts, of all that is not sent."""
         self._is_behind = False
         """Text of what stands behind ``_text_upto`` was not kept, and is to be made again."""
+        self._text_upto = self.num_given
         self._replay: TextStream | None = None
         """Stands at ``_text_upto`` while the choice is behind; None: still to be made from the beginning."""
         self._weight = 1 + (params.logprobs or 0)
@@ -97,15 +97,15 @@ class Choice:
 
     # What arrives.
 
-    def push_step(self, token_id: int) -> str | None:
-        """``push`` of one token, in the usual case: its text; None, and nothing done, in any other one."""
-        if self._is_behind or self.end is not None:
+    def pass_on(self, token_id: int) -> str | None:
+        """Take one token and give it out at once, in the usual case: its text; None, and nothing done, in
+        any other one.
+        """
+        if self._is_behind:
             return None
-        text = self.stream.push_step(token_id)
         self.token_ids.append(token_id)
-        self.waiting_text += text
-        self._text_upto += 1
-        return text
+        self.sent += 1
+        return self.stream.push_step(token_id)
 
     def push(
         self,
@@ -129,7 +129,6 @@ class Choice:
             self._logprobs += map(_pack, logprobs[: added.num_tokens])
         if not self._is_behind:
             self.waiting_text += added.text
-            self._text_upto = len(log)
         return added
 
     def flush(self, keep_text: bool) -> None:
@@ -161,18 +160,6 @@ class Choice:
             or bool(self._progress)
         )
 
-    def take_step(self) -> Delta | None:
-        """What is new, in the usual case; None where there is more to it than tokens and their text."""
-        if self._is_behind or self._progress or self._logprobs or self.end is not None:
-            return None
-        start, text = self.sent, self.waiting_text
-        token_ids = self.token_ids[start:]
-        if not token_ids:
-            return None
-        self.sent = start + len(token_ids)
-        self.waiting_text = ""
-        return Delta(self.request_id, self.index, start, token_ids, text, None, None)
-
     def take(self, room: int) -> Delta | None:
         """What is new, as far as there is room for it; None where nothing is."""
         start, stop = self.sent, len(self.token_ids)
@@ -181,7 +168,7 @@ class Choice:
             return None
         if self._has_kept_text:
             # Not cut to the room: so much text does not wait.
-            stop, ends = self._text_upto, is_last and not self._is_behind
+            stop, ends = (self._text_upto, False) if self._is_behind else (stop, is_last)
             text, self.waiting_text = self.waiting_text, ""
             token_ids = self.token_ids[start:stop]
         else:
@@ -202,10 +189,10 @@ class Choice:
     def has_progress(self) -> bool:
         return bool(self._progress)
 
-    def take_progress(self) -> tuple[list[Progress], list[Progress]]:
-        """What happened before the next token that the stream gets, and what happened behind it."""
-        before = [progress for offset, progress in self._progress if offset <= self.sent]
-        behind = [progress for offset, progress in self._progress if offset > self.sent]
+    def take_progress(self, upto: int) -> tuple[list[Progress], list[Progress]]:
+        """What happened up to this output offset, and what happened behind it."""
+        before = [progress for offset, progress in self._progress if offset <= upto]
+        behind = [progress for offset, progress in self._progress if offset > upto]
         self._progress.clear()
         return before, behind
 
@@ -242,6 +229,7 @@ class Choice:
         """Keep no text of what comes from here on."""
         if not self._is_behind:
             self._is_behind, self._replay = True, self.stream.copy()
+            self._text_upto = len(self.token_ids)
 
     def _text_again(self, token_ids: Sequence[int], ends: bool) -> str:
         """The text of the tokens from ``sent`` on; where the choice ends, of all that was held back, too."""

@@ -20,14 +20,30 @@ WAITING_CHARS = 8192
 class Flush:
     """What one turn of a stream's writer takes: at most one batch, and what goes before and behind it."""
 
-    __slots__ = ("after", "before", "deltas", "room")
+    __slots__ = ("_passed_on", "after", "before", "deltas", "room")
 
-    def __init__(self) -> None:
+    def __init__(self, passed_on: list[Delta]) -> None:
+        """``passed_on``: deltas of one token each, which the batch begins with."""
         self.before: list[Notice] = []
-        self.deltas: list[Delta] = []
+        self.deltas = passed_on
         self.after: list[Notice] = []
-        self.room = BATCH_TOKENS
+        self.room = BATCH_TOKENS - len(passed_on)
         """Tokens that may still come into the batch."""
+        self._passed_on: dict[tuple[str, int], Delta] | None = None if passed_on else {}
+        """By request and choice; None: to be made when it is needed, which is seldom."""
+
+    def passed_on(self, request_id: str, choice: int) -> Delta | None:
+        """What the batch began with of this choice."""
+        if self._passed_on is None:
+            self._passed_on = {(delta.request_id, delta.choice): delta for delta in self.deltas}
+        return self._passed_on.get((request_id, choice))
+
+    def add(self, delta: Delta) -> None:
+        self.room -= delta.weight
+        if before := self.passed_on(delta.request_id, delta.choice):
+            before.absorb(delta)
+        else:
+            self.deltas.append(delta)
 
     def events(self) -> list[Event]:
         return [*self.before, *([self.deltas] if self.deltas else []), *self.after]
@@ -44,12 +60,18 @@ class Source(Protocol):
 
 
 class Delivery:
-    """What one stream has to write: notices of its own, and requests that have something new."""
+    """What one stream has to write: notices of its own, and requests that have something new.
+
+    Where the writer waits, a token goes straight into its next message, which is what happens to most.
+    Where it writes, requests keep what is new and are marked.
+    """
 
     def __init__(self) -> None:
         self.waiting_chars = 0
         """Text that was made and not taken yet."""
         self._notices: list[Event] = []
+        self.passing_on: list[Delta] | None = None
+        """While the writer waits: what it will write, each one token of a request that is not marked."""
         self._ready: deque[Source] = deque()
         self._closed = False
         self._failure: Failure | None = None
@@ -57,28 +79,34 @@ class Delivery:
 
     def put(self, notice: Notice) -> None:
         self._notices.append(notice)
-        self._wake()
+        self.wake()
+
+    def wake(self) -> None:
+        """There is something to write."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def mark(self, source: Source) -> None:
         """There is something to take of this request."""
         if not source.is_marked:
             source.is_marked = True
             if not self._ready:
-                self._wake()
+                self.wake()
             self._ready.append(source)
 
     def close(self, failure: Failure | None = None) -> None:
         """Nothing comes any more; the first close counts. With a failure, the stream ends with it."""
         if not self._closed:
             self._closed, self._failure = True, failure
-            self._wake()
+            self.wake()
 
     def cut(self, failure: Failure) -> None:
         """End the stream at once; what it has not written is for another one to write."""
         self._notices.clear()
         self._ready.clear()
+        self.passing_on = None
         self._closed, self._failure = True, failure
-        self._wake()
+        self.wake()
 
     async def take(self) -> list[Event]:
         """What there is to write, once there is something; empty when closed. Raises ``close``'s failure.
@@ -86,14 +114,16 @@ class Delivery:
         What one engine step gave is taken together, since it is marked without a pause in between.
         """
         while True:
-            while not (self._notices or self._ready or self._closed):
+            if not (self._notices or self._ready or self._closed):
+                self.passing_on = []
                 self._waiter = asyncio.get_running_loop().create_future()
                 try:
                     await self._waiter
                 finally:
                     self._waiter = None
             events, self._notices = self._notices, []
-            flush = Flush()
+            passed_on, self.passing_on = self.passing_on or [], None
+            flush = Flush(passed_on)
             for _ in range(len(self._ready)):
                 if flush.room <= 0:
                     break
@@ -108,7 +138,3 @@ class Delivery:
                 if self._failure is not None:
                     raise self._failure
                 return []
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)

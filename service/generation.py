@@ -22,9 +22,9 @@ from tidegate.engine.request import FinishReason, Request, SamplingParams
 from tidegate.engine.text import Text, TextStream
 from tidegate.service.choice import Choice
 from tidegate.service.credit import TOKEN_BYTES, Pool, Share
-from tidegate.service.delivery import WAITING_CHARS, Delivery, Flush
+from tidegate.service.delivery import BATCH_TOKENS, WAITING_CHARS, Delivery, Flush
 from tidegate.service.errors import Failure
-from tidegate.service.events import Admitted, ChoiceEnd, Failed, Finished, Progress, Timings, Usage
+from tidegate.service.events import Admitted, ChoiceEnd, Delta, Failed, Finished, Progress, Timings, Usage
 
 
 class Keeper(Protocol):
@@ -282,13 +282,6 @@ class Generation:
     def collect(self, flush: Flush) -> None:
         """What is new goes into the flush, as far as there is room."""
         listener = self.listener
-        if self.end is None and self._admitted_is_sent and len(self._choices) == 1 and listener is not None:
-            step = self._choices[0].take_step()
-            if step is not None:
-                listener.waiting_chars -= len(step.text)
-                flush.room -= len(step.token_ids)
-                flush.deltas.append(step)
-                return
         if self._admitted is not None and not self._admitted_is_sent:
             self._admitted_is_sent = True
             flush.before.append(self._admitted)
@@ -296,7 +289,8 @@ class Generation:
         for choice in self._choices:
             behind: list[Progress] = []
             if choice.has_progress:
-                before, behind = choice.take_progress()
+                passed_on = flush.passed_on(self.request_id, choice.index)
+                before, behind = choice.take_progress(choice.sent if passed_on is None else passed_on.offset)
                 flush.before += before
             if flush.room > 0:
                 waiting = len(choice.waiting_text)
@@ -304,8 +298,7 @@ class Generation:
                 if delta is not None:
                     if listener is not None:
                         listener.waiting_chars -= waiting - len(choice.waiting_text)
-                    flush.deltas.append(delta)
-                    flush.room -= len(delta.token_ids) if delta.logprobs is None else delta.weight
+                    flush.add(delta)
             flush.after += behind
             has_more = has_more or choice.has_news
         if has_more:
@@ -343,8 +336,10 @@ class Generation:
         )
         self._mark()
 
-    def on_delta(self, delta: messages.Delta, reason: FinishReason | None) -> None:
-        """``reason``: why the engine ended the choice behind these tokens, where it did so in this step."""
+    def on_delta(self, delta: messages.Delta, reason: FinishReason | None, now: float) -> None:
+        """``reason``: why the engine ended the choice behind these tokens, where it did so in this step.
+        ``now``: when the step arrived.
+        """
         choice, listener = self._choices[delta.choice], self.listener
         if choice.end is not None:
             return
@@ -352,22 +347,26 @@ class Generation:
             self.fail(Failure("TOKENS_OUT_OF_ORDER", "the engine skipped or repeated a token"))
             return
         if self._first_token_at is None:
-            self._first_token_at = time.monotonic()
+            self._first_token_at = now
+        # As a rule: nothing waits, and the writer does. Without this, a token costs twice as much.
         if (
             reason is None
+            and not self.is_marked
             and listener is not None
-            and listener.waiting_chars < WAITING_CHARS
+            and (writer := listener.passing_on) is not None
+            and len(writer) < BATCH_TOKENS
             and len(delta.token_ids) == 1
             and delta.logprobs is None
-            and (text := choice.push_step(delta.token_ids[0])) is not None
+            and (text := choice.pass_on(delta.token_ids[0])) is not None
         ):
-            listener.waiting_chars += len(text)
-            if not self.is_marked:
-                listener.mark(self)
+            if not writer:
+                listener.wake()
+            writer.append(Delta(self.request_id, delta.choice, delta.offset, delta.token_ids, text))
             if choice.stream.stop is not None:
                 self._finish_in_engine(FinishReason.STOP_STRING, choice)
                 self._decide(choice, FinishReason.STOP_STRING)
-            elif len(choice.token_ids) >= self._raise_at:
+                self._mark()
+            elif delta.offset + 1 >= self._raise_at:
                 self._ask_for_room()
             return
         if listener is None:

@@ -16,6 +16,7 @@ from tidegate.service.identity import Role
 from tidegate.service.logging import CALLERS_ID, bind_callers_id, callers_id
 from tidegate.service.metrics import RpcMetrics
 from tidegate.service.observe import Tracer
+from tidegate.service.stalls import Stalls
 
 Handler = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Any]
 Parse = Callable[[bytes], Message]
@@ -28,8 +29,7 @@ class Guard(grpc.aio.ServerInterceptor):
     decode before any handler is reached. So the guard takes messages as bytes and parses them inside,
     behind the question who calls: nothing that a stranger sends is read.
 
-    It also ends a stream whose client takes no message for ``stall_limit`` seconds. gRPC's keepalive does
-    not notice a peer that is frozen with its buffers full: the ping waits behind what cannot be written.
+    It also ends a stream whose client takes no message for ``stall_limit`` seconds.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Guard(grpc.aio.ServerInterceptor):
         tracer: Tracer | None = None,
     ) -> None:
         """``authentication`` None: every caller is ``identity.LOCAL``. ``role``: what callers need beside."""
-        self._stall_limit = stall_limit
+        self._writes = Stalls(stall_limit)
         self._authentication = authentication
         self._role = role
         self._metrics = metrics
@@ -80,11 +80,7 @@ class Guard(grpc.aio.ServerInterceptor):
             # Closed at once when the client leaves, not when the collector comes by.
             async with contextlib.aclosing(result) as messages:
                 async for message in messages:
-                    try:
-                        async with asyncio.timeout(self._stall_limit):
-                            await context.write(message)
-                    except TimeoutError:
-                        raise Failure("CLIENT_TOO_SLOW", "the client took no message for too long") from None
+                    await self._writes.write(context, message)
 
         return handle
 

@@ -313,6 +313,7 @@ class Hub:
         self._send(Submit(msgspec.structs.replace(request, emit_upto=longest + 1)))
         while engine_id in self._submitted and self._quarantine.is_suspect(engine_id):
             self._apply(await self._engine.receive())
+            await asyncio.sleep(0)
 
     async def _tell_health(self, is_serving: bool) -> None:
         if self._set_serving is not None and not self.is_draining:
@@ -327,25 +328,7 @@ class Hub:
                 self.admission.admit(self._tickets[generation])
                 generation.on_admitted(admitted)
                 self.observer.on_admitted(generation)
-        reasons = {
-            (finished.request_id, finished.choice): finished.reason
-            for finished in output.finished
-            if finished.reason is not FinishReason.ERROR
-        }
-        has_suspects, on_tokens = bool(self._quarantine), self.observer.on_tokens
-        for delta in output.deltas:
-            if has_suspects:
-                self._quarantine.clear(delta.request_id, delta.choice)
-            if generation := self._submitted.get(delta.request_id):
-                on_tokens(generation, delta.choice, len(delta.token_ids))
-                try:
-                    if failpoints.ARMED:
-                        failpoints.reach("output", delta.token_ids)
-                    reason = reasons.get((delta.request_id, delta.choice)) if reasons else None
-                    generation.on_delta(delta, reason)
-                except Exception as error:  # noqa: BLE001  one request's text must not end the others
-                    log_unexpected("output of a request failed", error, request_id=generation.request_id)
-                    generation.fail(Failure.internal())
+        self._apply_deltas(output)
         # Of the stalls of those that are tried alone, nobody needs to hear.
         for progress in output.progress if self._is_told else ():
             if generation := self._submitted.get(progress.request_id):
@@ -364,6 +347,33 @@ class Hub:
         self._answers.take(output)
         if output.stats is not None:
             self.stats = output.stats
+
+    def _apply_deltas(self, output: StepOutput) -> None:
+        reasons = {
+            (finished.request_id, finished.choice): finished.reason
+            for finished in output.finished
+            if finished.reason is not FinishReason.ERROR
+        }
+        if self._quarantine:
+            for delta in output.deltas:
+                self._quarantine.clear(delta.request_id, delta.choice)
+        # What follows is done for every token.
+        now, submitted = time.monotonic(), self._submitted
+        on_tokens = self.observer.on_tokens if self.observer.hears_tokens else None
+        for delta in output.deltas:
+            generation = submitted.get(delta.request_id)
+            if generation is None:
+                continue
+            if on_tokens is not None:
+                on_tokens(generation, delta.choice, now)
+            try:
+                if failpoints.ARMED:
+                    failpoints.reach("output", delta.token_ids)
+                reason = reasons.get((delta.request_id, delta.choice)) if reasons else None
+                generation.on_delta(delta, reason, now)
+            except Exception as error:  # noqa: BLE001  one request's text must not end the others
+                log_unexpected("output of a request failed", error, request_id=generation.request_id)
+                generation.fail(Failure.internal())
 
     def _send(self, command: Command) -> None:
         try:

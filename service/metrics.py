@@ -79,6 +79,8 @@ class _Times:
 class RequestMetrics(Observer):
     """Counts requests, and how long they take."""
 
+    hears_tokens = True
+
     def __init__(self, registry: CollectorRegistry) -> None:
         def histogram(name: str, text: str, buckets: tuple[float, ...] = LATENCY_BUCKETS) -> Histogram:
             return Histogram(f"tidegate_{name}", text, buckets=buckets, registry=registry)
@@ -109,10 +111,10 @@ class RequestMetrics(Observer):
             times.is_admitted = True
             self._queue.observe(time.monotonic() - times.arrived)
 
-    def on_tokens(self, generation: Generation, choice: int, number: int) -> None:
+    def on_tokens(self, generation: Generation, choice: int, now: float) -> None:
         if choice != 0:
             return  # several choices get theirs in one step, which is no latency
-        now, times = time.monotonic(), self._times[generation]
+        times = self._times[generation]
         if times.last_tokens is None:
             self._first_token.observe(now - times.arrived)
         else:

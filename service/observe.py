@@ -9,8 +9,11 @@ class Observer:
 
     Called by the hub, in order, on its loop: must be quick, and must not raise.
 
+    ``on_tokens`` is called for every token, and so only where ``hears_tokens`` says that it does something.
     ``on_open`` runs in the task of the RPC that brought the request, and so sees its context variables.
     """
+
+    hears_tokens = False
 
     def on_open(self, generation: Generation) -> None:
         """It was let in, and is not read yet."""
@@ -18,8 +21,8 @@ class Observer:
     def on_admitted(self, generation: Generation) -> None:
         """It left the queue and runs."""
 
-    def on_tokens(self, generation: Generation, choice: int, number: int) -> None:
-        """One step of the engine made new output of a choice."""
+    def on_tokens(self, generation: Generation, choice: int, now: float) -> None:
+        """One step of the engine, which arrived ``now`` (monotonic seconds), made new output of a choice."""
 
     def on_progress(self, generation: Generation, choice: int, kind: ProgressKind) -> None:
         """Something else happened to a choice."""
@@ -33,8 +36,8 @@ class Observers(Observer):
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
-        # Told of every token, and so those alone that do something with it.
-        self._of_tokens = [one for one in observers if type(one).on_tokens is not Observer.on_tokens]
+        self._of_tokens = [observer for observer in observers if observer.hears_tokens]
+        self.hears_tokens = bool(self._of_tokens)
 
     def on_open(self, generation: Generation) -> None:
         for observer in self._observers:
@@ -44,9 +47,9 @@ class Observers(Observer):
         for observer in self._observers:
             observer.on_admitted(generation)
 
-    def on_tokens(self, generation: Generation, choice: int, number: int) -> None:
+    def on_tokens(self, generation: Generation, choice: int, now: float) -> None:
         for observer in self._of_tokens:
-            observer.on_tokens(generation, choice, number)
+            observer.on_tokens(generation, choice, now)
 
     def on_progress(self, generation: Generation, choice: int, kind: ProgressKind) -> None:
         for observer in self._observers:

@@ -34,6 +34,8 @@ class _Spans:
 class Tracing(Tracer):
     """Spans hold names, numbers and reasons, never text of a prompt."""
 
+    hears_tokens = True
+
     def __init__(self, processor: SpanProcessor) -> None:
         resource = Resource.create({SERVICE_NAME: "tidegate", SERVICE_VERSION: version("tidegate")})
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
@@ -58,7 +60,7 @@ class Tracing(Tracer):
     def on_admitted(self, generation: Generation) -> None:
         self._next(generation, "queue", "prefill")
 
-    def on_tokens(self, generation: Generation, choice: int, number: int) -> None:
+    def on_tokens(self, generation: Generation, choice: int, now: float) -> None:
         self._next(generation, "prefill", "decode")
 
     def on_progress(self, generation: Generation, choice: int, kind: ProgressKind) -> None:

@@ -11,6 +11,7 @@ measurement. ``--rpcs`` runs each request as a ``Generate`` of its own instead.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import mmap
 import os
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -272,12 +274,13 @@ async def measure(options: argparse.Namespace, address: str, pid: int) -> dict[s
     return result
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+@contextlib.contextmanager
+def serving() -> Iterator[tuple[str, int]]:
+    """A front in a process of its own: its address, and its pid. ``STEP_SECONDS`` is set by the caller."""
     with tempfile.TemporaryDirectory() as folder:
         stamps = Path(folder, "stamps")
         stamps.write_bytes(bytes(STAMPS * 8))
         os.environ["STAMPS_FILE"] = str(stamps)
-        os.environ["STEP_SECONDS"] = str(options.requests / options.tokens_per_second)
         here = str(Path(__file__).parent)
         os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
         address = f"unix:{folder}/socket"
@@ -291,7 +294,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             assert server.stdout is not None
             if server.stdout.readline() != "ready\n":
                 raise RuntimeError("the front did not start")
-            return uvloop.run(measure(options, address, server.pid))
+            yield address, server.pid
         finally:
             server.communicate("stop\n", timeout=30)
 
@@ -309,7 +312,9 @@ def main() -> None:
     if options.front:
         uvloop.run(front(options.front))
     else:
-        print(json.dumps(run(options), indent=1))
+        os.environ["STEP_SECONDS"] = str(options.requests / options.tokens_per_second)
+        with serving() as (address, pid):
+            print(json.dumps(uvloop.run(measure(options, address, pid)), indent=1))
 
 
 if __name__ == "__main__":
