@@ -50,7 +50,7 @@ class Decoder:
         self.device = weights.embedding.device
         self._weights = weights
         self._cores = available_cores()
-        self.operations = choose_operations(config, self.dtype, self.device, self._cores)
+        self.operations = choose_operations(config, self.dtype, self.device)
 
     def layout(self, block_size: int) -> BlockLayout:
         """The KV blocks that this model reads and writes."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tidegate.engine.model.config import ModelConfig
 from tidegate.engine.model.rope import Rotary, rotate
 from tidegate.engine.model.sampler import Greedy, torch_argmax
+from tidegate.engine.model.threads import available_cores
 from tidegate.kernels.attention import AttentionBatch, paged_attention, write_kv
 from tidegate.kernels.cpu.compiler import CompilerError
 from tidegate.kernels.cpu.native import NativeKernels
@@ -46,15 +47,20 @@ class Operations(Protocol):
         """Of each row, the lowest id with the best logit, and whether all logits are finite."""
 
 
-def choose_operations(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, cores: int
-) -> Operations:
-    """Native kernels where there is a C compiler, and otherwise torch. ``cores`` are those to use."""
-    rotary = Rotary(config.rope, config.head_dim, dtype, device)
+def find_kernels(config: ModelConfig, dtype: torch.dtype) -> NativeKernels | CompilerError:
+    """The native kernels of this machine, or why there are none."""
     try:
-        kernels = NativeKernels(dtype, config.head_dim, cores)
+        return NativeKernels(dtype, config.head_dim, available_cores())
     except CompilerError as error:
-        return TorchOperations(config, rotary, slower_because=str(error))
+        return error
+
+
+def choose_operations(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Operations:
+    """Native kernels where there is a C compiler, and otherwise torch."""
+    rotary = Rotary(config.rope, config.head_dim, dtype, device)
+    kernels = find_kernels(config, dtype)
+    if isinstance(kernels, CompilerError):
+        return TorchOperations(config, rotary, slower_because=str(kernels))
     return NativeOperations(config, rotary, kernels)
 
 

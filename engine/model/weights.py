@@ -11,6 +11,8 @@ from tidegate.engine.model.config import DTYPES, ModelConfig, read_config
 from tidegate.engine.model.decoder import Decoder, DecoderWeights, LayerWeights
 from tidegate.engine.model.files import TensorFiles
 from tidegate.engine.model.linear import Projection, projection
+from tidegate.engine.model.operations import find_kernels
+from tidegate.kernels.cpu.native import NativeKernels
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -116,6 +118,9 @@ def _load(
     tied = not (EMBEDDING in shapes and LM_HEAD in shapes)
     dtype = dtype or config.dtype or files.tensor(embedding).dtype
 
+    found = find_kernels(config, dtype) if device.type == "cpu" else None
+    kernels = found if isinstance(found, NativeKernels) else None
+
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
     with tqdm(
         desc="loading weights",
@@ -137,7 +142,7 @@ def _load(
         def linear(prefix: str, *names: str) -> Projection:
             weight = stack(*(f"{prefix}{name}.weight" for name in names))
             biases = [f"{prefix}{name}.bias" for name in names]
-            return projection(weight, stack(*biases) if biases[0] in shapes else None)
+            return projection(weight, stack(*biases) if biases[0] in shapes else None, kernels)
 
         def layer_weights(prefix: str) -> LayerWeights:
             return LayerWeights(
@@ -154,5 +159,5 @@ def _load(
             embedding=embedding_VM,
             layers=[layer_weights(LAYER.format(layer)) for layer in range(config.num_layers)],
             norm=stack(FINAL_NORM),
-            lm_head=projection(embedding_VM, None) if tied else linear("", "lm_head"),
+            lm_head=projection(embedding_VM, None, kernels) if tied else linear("", "lm_head"),
         )

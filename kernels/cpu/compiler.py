@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-SOURCES = ("kernels.c", "attention.c", "elementwise.c", "dots.h", "threads.h", "vector.h")
+SOURCES = ("kernels.c", "attention.c", "elementwise.c", "linear.c", "dots.h", "threads.h", "vector.h")
 
 _FLAGS = (
     "-std=gnu11",

@@ -1,3 +1,4 @@
 /* One translation unit, one library: what kernels/cpu/native.py calls. */
 #include "attention.c"
 #include "elementwise.c"
+#include "linear.c"

@@ -5,12 +5,14 @@ V vocabulary, H query heads, K KV heads, X = (H + 2K) * D, D head size; the pool
 """
 
 import ctypes
+from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from tidegate.kernels.attention import AttentionBatch
 from tidegate.kernels.cpu.compiler import CompilerError, compile_kernels
@@ -20,6 +22,8 @@ _TILE_ROWS = 16
 """ROWS in ``attention.c``."""
 _UNLIMITED = 2**62
 """A window wider than any sequence."""
+_PANEL_OUTPUTS = 64
+"""OUTPUTS in ``linear.c``."""
 
 
 class _Step(ctypes.Structure):
@@ -50,6 +54,8 @@ _SIGNATURES = {
     "add_norm": (c_int64, c_int64, c_int32, c_float, c_void_p, c_void_p, c_void_p, c_void_p),
     "silu_mul": (c_int64, c_int64, c_int32, c_void_p, c_void_p),
     "argmax": (c_int64, c_int64, c_int32, c_void_p, c_void_p, c_void_p),
+    # Only where ``linear.c`` has something to offer.
+    "linear": (c_int64, c_int64, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_void_p),
 }
 
 
@@ -85,12 +91,14 @@ class NativeKernels:
         except OSError as error:
             raise CompilerError(f"the compiled kernels cannot be loaded: {error}") from None
         for name, argtypes in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = argtypes, None
+            if hasattr(library, name):
+                function = getattr(library, name)
+                function.argtypes, function.restype = argtypes, None
         self.attend = library.attend
         self._add_norm = library.add_norm
         self._silu_mul = library.silu_mul
         self._argmax = library.argmax
+        self._linear = getattr(library, "linear", None)
 
     def attention(
         self,
@@ -161,6 +169,40 @@ class NativeKernels:
             finite_R.ctypes.data,
         )
         return ids_R, finite_R
+
+    def projection(
+        self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """From TI to TO with a packed copy of the weight; None where torch's own product is the better."""
+        num_outputs, num_inputs = weight_OI.shape
+        linear = self._linear
+        if linear is None or num_inputs % 2:
+            return None
+        panels = _pack(weight_OI)
+
+        def packed_linear(x_TI: torch.Tensor) -> torch.Tensor:
+            out_TO = x_TI.new_empty((len(x_TI), num_outputs))
+            linear(
+                len(x_TI),
+                num_inputs,
+                num_outputs,
+                self._threads,
+                _address(x_TI),
+                panels.data_ptr(),
+                None if bias_O is None else _address(bias_O),
+                out_TO.data_ptr(),
+            )
+            return out_TO
+
+        return packed_linear
+
+
+def _pack(weight_OI: torch.Tensor) -> torch.Tensor:
+    """Panels of 64 outputs, filled up with zeros: in each, for every two inputs, 64 pairs side by side."""
+    num_outputs, num_inputs = weight_OI.shape
+    num_panels = -(-num_outputs // _PANEL_OUTPUTS)
+    padded_OI = F.pad(weight_OI, (0, 0, 0, num_panels * _PANEL_OUTPUTS - num_outputs))
+    return padded_OI.view(num_panels, _PANEL_OUTPUTS, num_inputs // 2, 2).transpose(1, 2).contiguous()
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -203,6 +203,24 @@ def test_argmax_takes_the_lowest_of_the_best_and_marks_what_is_not_finite(vocab_
     assert ((ids_R >= 0) & (ids_R < vocab_size)).all()
 
 
+@THREADS
+@pytest.mark.parametrize(("inputs", "outputs"), [(6, 1), (40, 64), (256, 200), (704, 2000)])
+def test_the_packed_product_equals_torch(inputs, outputs, threads):
+    """Every number of tokens that a register block leaves over, with and without bias."""
+    kernels = NativeKernels(torch.bfloat16, 32, threads)
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(outputs, inputs, generator=generator).bfloat16()
+    bias_O = torch.randn(outputs, generator=generator).bfloat16()
+    for bias in (bias_O, None):
+        product = kernels.projection(weight_OI, bias)
+        if product is None:
+            pytest.skip("this processor's products are torch's")
+        for num_tokens in (0, 1, 2, 3, 4, 5, 6, 7, 11, 64):
+            x_TI = torch.randn(num_tokens, inputs, generator=generator).bfloat16()
+            exact_TO = F.linear(x_TI.double(), weight_OI.double(), None if bias is None else bias.double())
+            torch.testing.assert_close(product(x_TI).double(), exact_TO, rtol=2**-8, atol=1e-4 * inputs**0.5)
+
+
 def test_callers_at_the_same_time_do_not_mix_their_work():
     """One set of helpers serves one loop; whoever calls meanwhile goes on alone."""
     kernels = NativeKernels(torch.float32, 32, 4)
