@@ -5,7 +5,7 @@
 #include "threads.h"
 #include "vector.h"
 
-#define FEW 500000 /* elements that one thread sees to: see SMALL in attention.c */
+#define FEW 50000 /* elements that one thread sees to: see SMALL in attention.c */
 
 typedef struct {
     int64_t M;

@@ -15,7 +15,7 @@
 #define TOKENS 6 /* with four vectors 24 sums: with the weights and a pair, 29 of 32 registers */
 /* Multiplications that one thread sees to: see SMALL in attention.c. Fewer than READING tokens take no less
  * time, since then the weight's way from memory is what takes it. */
-#define FEW_PRODUCTS 30000000
+#define FEW_PRODUCTS 5000000
 #define READING 4
 
 #if defined(SCALAR_BF16) && defined(__AVX512BF16__) && !defined(__AMX_BF16__)
