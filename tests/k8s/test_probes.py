@@ -23,6 +23,9 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 ANSWER = {"prompt": {"text": "Once upon a time"}, "sampling": {"max_tokens": 1500, "ignore_eos": True}}
 
+LONG_GRACE = "3600"
+"""A machine that runs tests may be slower than the manifests expect of one that serves."""
+
 
 @contextmanager
 def started(container: Manifest, changes: Mapping[str, str], folder: Path) -> Iterator[Served]:
@@ -85,6 +88,7 @@ async def test_a_deployments_container_is_probed_and_drained(tmp_path: Path) -> 
         "--listen": "127.0.0.1:0",
         "--health-port": "127.0.0.1:0",
         "--metrics-port": "127.0.0.1:0",
+        "--drain-grace": LONG_GRACE,
         "--tls-cert": str(own.cert),
         "--tls-key": str(own.key),
         "--tls-client-ca": str(authority.cert),
@@ -107,6 +111,7 @@ async def test_a_sidecar_serves_a_socket_of_the_pods_group_and_drains(tmp_path: 
         "--listen": f"unix:{socket}",
         "--health-port": "127.0.0.1:0",
         "--metrics-port": "127.0.0.1:0",
+        "--drain-grace": LONG_GRACE,
     }
     with started(container, changes, tmp_path) as server:
         assert stat.S_IMODE(socket.stat().st_mode) == 0o770

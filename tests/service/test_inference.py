@@ -494,3 +494,14 @@ async def test_whatever_bytes_come_in_the_status_is_one_of_the_table(start_front
             codes[refusal.code.name] += 1
     assert codes["OK"] > 10
     assert codes["INVALID_ARGUMENT"] > 10
+
+
+async def test_a_model_without_a_chat_template_takes_no_chat(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front.text, "_render", None)
+    chat = {"messages": [{"role": "user", "content": [{"text": "hi"}]}]}
+    refusal = await refusal_of(
+        front.inference.GenerateUnary(inference_pb2.GenerateUnaryRequest(prompt={"chat": chat}))
+    )
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_CHAT_TEMPLATE")

@@ -118,7 +118,7 @@ async def test_health_is_told_by_service_and_for_the_whole(front: Front) -> None
     refusal = await refusal_of(
         health_pb2_grpc.HealthStub(front.channel).Check(health_pb2.HealthCheckRequest(service="other"))
     )
-    assert refusal.code == grpc.StatusCode.NOT_FOUND
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.NOT_FOUND, "SERVICE_UNKNOWN")
 
 
 async def test_watchers_of_health_hear_of_the_end_also_when_one_of_them_left(front: Front) -> None:

@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from tidegate.engine.messages import Release, Submit, Update
 from tidegate.engine.request import Parent, Request
 from tidegate.engine.text import Text
+from tidegate.service import leases
 from tidegate.service.leases import Leases
 
 Start = Callable[..., Any]
@@ -240,3 +241,17 @@ async def test_an_update_that_cannot_be_is_rejected_and_ends_nothing(front: Fron
     await session.send(credit={"request_id": "r", "upto": 20})
     await session.next("finished")
     assert session.text("r") == front.engine.expected("the tide", 20)
+
+
+async def test_a_tenant_whose_transcripts_fill_their_room_leases_no_more(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "TRANSCRIPT_BYTES", 4)
+    session = await open_session(front)
+    await session.send(start=start("first", lease=LEASE))
+    await session.next("finished")
+    await session.send(start=start("second", lease=LEASE))
+    error = read_status((await session.next("request_error")).request_error.status)
+    assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "LEASES_FULL")
+    await session.send(start=start("unleased"))
+    assert (await session.next("finished")).finished.request_id == "unleased"

@@ -49,7 +49,11 @@ MAX_MODEL_LEN = 2048
 EOS = "<eos>"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 POISON = "?"
-"""A prompt that ends with it makes the engine fail the request."""
+"""A prompt that ends with it makes the engine fail the request, as those with the next two do."""
+LOST_COPY = "#"
+TOO_LARGE = "%"
+FAULTS = {POISON: "NONFINITE_LOGITS", LOST_COPY: "SWAP_FAILED", TOO_LARGE: "DEVICE_OUT_OF_MEMORY"}
+"""Its reasons."""
 DEADLY = "!"
 """A prompt that ends with it kills the engine in the first step that computes it."""
 
@@ -291,8 +295,8 @@ class FakeEngine:
                 choice.stalled = True
                 for kind in (ProgressKind.STALLED, ProgressKind.PARKED):
                     output.progress.append(Progress(request.id, choice.index, kind))
-        elif self._text.decode(request.prompt_token_ids).endswith(POISON):
-            self._end(choice, FinishReason.ERROR, output, "NONFINITE_LOGITS")
+        elif fault := FAULTS.get(self._text.decode(request.prompt_token_ids[-1:])):
+            self._end(choice, FinishReason.ERROR, output, fault)
         else:
             if choice.stalled:
                 choice.stalled = False

@@ -202,10 +202,12 @@ def _end_of_rpc(request: Seen) -> Iterator[None]:
 
 
 class Cable:
-    """A connection that can be cut: in the middle of a message and without a word."""
+    """A connection that can be cut, in the middle of a message, or die without a word."""
 
     def __init__(self, address: str, path: Path) -> None:
         self.address = f"unix:{path}"
+        self.is_dead = False
+        """Nothing passes any more, and neither end is told: a router forgot the connection."""
         self._path = path
         self._to = address.removeprefix("unix:")
         self._ends: list[asyncio.StreamWriter] = []
@@ -231,13 +233,14 @@ class Cable:
             self._pumps.add(task)
             task.add_done_callback(self._pumps.discard)
 
-    @staticmethod
-    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-            writer.close()
+                if not self.is_dead:
+                    writer.write(data)
+                    await writer.drain()
+            if not self.is_dead:
+                writer.close()
 
 
 CLIENT = """
