@@ -1,7 +1,13 @@
 """Other people's clients, each in an environment of its own, run as scripts against a real server."""
 
+import contextlib
+import http.client
+import os
+import signal
 import socket
 import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import grpc.aio
@@ -9,7 +15,9 @@ import pytest
 from served import Served, is_empty, load_when
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ROOT / "tests" / "compat" / "clients"
+SCRIPTS = {"kserve": "kserve.py", "smg": "openai_tools.py", "dynamo": "openai_tools.py"}
+"""What drives each client, in ``tests/compat/clients``."""
+READY_SECONDS = 60.0
 SECONDS = 100
 
 
@@ -23,8 +31,9 @@ def environment(client: str) -> Path:
 
 def try_feature(client: str, feature: str, address: str) -> None:
     """One feature, as the client's own Python sees it; what its script says is the failure's text."""
+    script = ROOT / "tests" / "compat" / "clients" / SCRIPTS[client]
     done = subprocess.run(
-        [environment(client) / "bin" / "python", "-P", SCRIPTS / f"{client}.py", feature, address],
+        [environment(client) / "bin" / "python", "-P", script, feature, address],
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -43,6 +52,47 @@ async def nothing_left(server: Served) -> None:
     """Wait until no request runs and no block is held."""
     async with grpc.aio.insecure_channel(server.address) as channel:
         await load_when(channel, is_empty)
+
+
+@contextlib.contextmanager
+def running(
+    folder: Path, *command: str | Path, variables: Mapping[str, str] | None = None
+) -> Iterator[Callable[[], str]]:
+    """A gateway's process, with what it starts itself, in a folder of its own; gives what it has logged.
+
+    ``variables`` of the environment come on top of ours.
+    """
+    folder.mkdir(exist_ok=True)
+    log = folder / "log"
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **(variables or {})},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        yield log.read_text
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for_model(url: str, *logs: Callable[[], str]) -> None:
+    """Until the gateway at ``url`` has found our model."""
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
+        # It may not listen yet.
+        with contextlib.closing(connection), contextlib.suppress(OSError):
+            connection.request("GET", "/v1/models")
+            if b'"demo"' in connection.getresponse().read():
+                return
+        time.sleep(0.2)
+    raise AssertionError("\n".join(("the gateway did not find the model:", *(log() for log in logs))))
 
 
 def free_port() -> int:

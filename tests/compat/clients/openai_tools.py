@@ -1,7 +1,8 @@
-"""The ``openai`` and ``anthropic`` packages against an SMG gateway before us: ``smg.py FEATURE URL``."""
+"""The ``openai`` and ``anthropic`` packages against a gateway before us: ``openai_tools.py FEATURE URL``."""
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anthropic
@@ -10,6 +11,7 @@ import openai
 MODEL = "demo"
 MESSAGES: Any = [{"role": "user", "content": "Tell me a story about a kite."}]
 TOKENS = 40
+SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "any", "schema": {"type": "object"}}}
 
 
 class Clients:
@@ -84,13 +86,36 @@ def responses(clients: Clients) -> None:
 
 
 def sampling(clients: Clients) -> None:
+    drawn, again, other = (
+        clients.chat(temperature=1, seed=seed).choices[0].message.content for seed in (3, 3, 4)
+    )
+    assert drawn == again != other
+    stopped = clients.chat(stop=["."]).choices[0]
+    assert stopped.finish_reason == "stop"
+    assert "." not in stopped.message.content
+    ended = clients.chat(max_tokens=500)
+    assert ended.choices[0].finish_reason == "stop"
+    assert ended.usage.completion_tokens < 500
+
+
+def choices(clients: Clients) -> None:
     first, second = (choice.message.content for choice in clients.chat(n=2, temperature=1, seed=3).choices)
     assert first != second
     again = clients.chat(n=2, temperature=1, seed=3)
     assert [choice.message.content for choice in again.choices] == [first, second]
-    stopped = clients.chat(stop=["."]).choices[0]
-    assert stopped.finish_reason == "stop"
-    assert "." not in stopped.message.content
+
+
+def two_at_once(clients: Clients) -> None:
+    """Each says what it says alone."""
+    options = {"max_tokens": 400, "temperature": 1, "extra_body": {"ignore_eos": True}}
+
+    def answer(seed: int) -> str:
+        text: str = clients.chat(**options, seed=seed).choices[0].message.content
+        return text
+
+    with ThreadPoolExecutor() as pool:
+        together = list(pool.map(answer, (3, 4)))
+    assert together == [answer(3), answer(4)]
 
 
 def logprobs(clients: Clients) -> None:
@@ -102,23 +127,30 @@ def logprobs(clients: Clients) -> None:
         assert position.token == position.top_logprobs[0].token  # greedy
 
 
+def refusal(clients: Clients, **options: Any) -> str:
+    """What is said of a bad request."""
+    try:
+        clients.chat(**options)
+    except openai.BadRequestError as error:
+        return json.dumps(error.body)
+    raise AssertionError(f"{options} were taken")
+
+
 def errors(clients: Clients) -> None:
-    schema = {"type": "json_schema", "json_schema": {"name": "any", "schema": {"type": "object"}}}
-    for options, kind, text in (
-        ({"max_tokens": 10**6}, openai.BadRequestError, "max_tokens"),
-        ({"response_format": schema}, openai.BadRequestError, "json_schema"),
-    ):
-        try:
-            clients.chat(**options)
-        except kind as error:
-            assert text in json.dumps(error.body), error.body
-        else:
-            raise AssertionError(f"{options} were taken")
+    refusal(clients, max_tokens=10**6)
+    refusal(clients, response_format=SCHEMA)
+    refusal(clients, messages=[{"role": "user", "content": "Tell me a story. " * 1000}])
     try:
         clients.openai.chat.completions.create(model="another", messages=MESSAGES)
     except openai.NotFoundError:
         return
     raise AssertionError("another model was found")
+
+
+def reasons(clients: Clients) -> None:
+    """A refusal names what is wrong."""
+    assert "max_tokens" in refusal(clients, max_tokens=10**6)
+    assert "json_schema" in refusal(clients, response_format=SCHEMA)
 
 
 def client_drop(clients: Clients) -> None:
@@ -152,8 +184,11 @@ FEATURES = {
         completions,
         responses,
         sampling,
+        choices,
+        two_at_once,
         logprobs,
         errors,
+        reasons,
         client_drop,
         anthropic_messages,
         anthropic_stream,

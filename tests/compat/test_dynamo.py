@@ -1,0 +1,91 @@
+"""NVIDIA Dynamo in front of us: its frontend speaks HTTP, its sidecar ``openengine.v1``."""
+
+import asyncio
+from collections.abc import Iterator
+
+import grpc.aio
+import pytest
+from compat_clients import environment, free_port, nothing_left, port_of, running, try_feature, wait_for_model
+from served import Served, load_when, served
+
+from tidegate.engine.demo import checkpoint_path
+
+pytestmark = pytest.mark.heavy_client
+
+FEATURES = (
+    "models",
+    "chat",
+    "chat_stream",
+    "conversation",
+    "completions",
+    "responses",
+    "sampling",
+    "two_at_once",
+    "logprobs",
+    "errors",
+    "client_drop",
+    "anthropic_messages",
+    "anthropic_stream",
+)
+STEP_SECONDS = 0.01
+DROPPED_TOKENS = 1900
+"""Of the answer that its client leaves; they would take twenty seconds at least."""
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server whose answers take long enough for what happens to them on the way."""
+    folder = tmp_path_factory.mktemp("server")
+    failpoints = f"step=wait:{STEP_SECONDS}"
+    with served(folder, "demo", "--listen", "127.0.0.1:0", failpoints=failpoints) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def frontend(slow: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of Dynamo's frontend, once it knows our model. Both processes find each other through files."""
+    folder, port = tmp_path_factory.mktemp("dynamo"), free_port()
+    python = environment("dynamo") / "bin" / "python"
+    variables = {
+        "HOME": str(folder),
+        "DYN_DISCOVERY_BACKEND": "file",
+        "DYN_FILE_KV": str(folder / "kv"),
+        "DYN_REQUEST_PLANE": "tcp",
+        "DYN_EVENT_PLANE": "zmq",
+        "DYN_TCP_RPC_HOST": "127.0.0.1",
+        "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    # The model's name is the path that the sidecar is given, so both stand where a short one leads to it.
+    (folder / "demo").symlink_to(checkpoint_path())
+    with (
+        running(
+            folder,
+            *(python, "-P", "-m", "dynamo.frontend"),
+            *("--http-host", "127.0.0.1", "--http-port", str(port), "--enable-anthropic-api"),
+            variables=variables,
+        ) as log,
+        running(
+            folder,
+            *(python, "-P", "-m", "dynamo.trtllm.sidecar"),
+            *("--grpc-endpoint", port_of(slow), "--model-path", "demo"),
+            variables=variables,
+        ),
+    ):
+        url = f"http://127.0.0.1:{port}"
+        wait_for_model(url, log)
+        yield url
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+async def test_dynamo(feature: str, slow: Served, frontend: str) -> None:
+    async with grpc.aio.insecure_channel(slow.address) as channel:
+        _, before = await load_when(channel, lambda load, totals: True)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.to_thread(try_feature, "dynamo", feature, frontend))
+            if feature == "two_at_once":
+                await load_when(channel, lambda load, totals: load.running == 2)
+        await nothing_left(slow)
+        _, after = await load_when(channel, lambda load, totals: True)
+    if feature == "client_drop":
+        assert 0 < after.output_tokens - before.output_tokens < DROPPED_TOKENS
