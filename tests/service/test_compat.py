@@ -12,6 +12,7 @@ import grpc
 import pytest
 from fake_engine import EOS, POISON
 from front import SECONDS, Front, refusal_of, until
+from google.protobuf.unknown_fields import UnknownFieldSet
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tidegate.compat.kserve import grpc_service_pb2 as kserve_pb2
@@ -19,7 +20,8 @@ from tidegate.compat.kserve import grpc_service_pb2_grpc as kserve_grpc
 from tidegate.compat.openengine import openengine_pb2, openengine_pb2_grpc
 from tidegate.compat.vllm import common_pb2, engine_pb2, engine_pb2_grpc
 from tidegate.engine.demo import checkpoint_path
-from tidegate.engine.messages import Finish
+from tidegate.engine.messages import Finish, Submit
+from tidegate.engine.request import SamplingParams
 from tidegate.service.compat.protocols import PROTOCOLS, SERVICES, Compat
 from tidegate.v1 import inference_pb2
 
@@ -151,6 +153,49 @@ def dynamo_request(front: Front, text: str, *, stop: list[Any] | None = None, **
         request.stopping.conditions.add(**{kind: condition})
     request.extra["detokenize"] = False
     return request
+
+
+SIDECARS_OWN = bytes.fromhex(
+    "0a2462643064653333332d616538372d343937632d613462352d623063383234383037646464120464656d6f220a0a08f603f7"
+    "038502af032a3c09000000000000e03f11000000000000e83f180521000000000000c03f29000000000000e03f310000000000"
+    "00d03f39000000000000f83f40074801320d080810031a030a012e1a0210033a0618012202080262120a100a0a6465746f6b65"
+    "6e697a6512022000"
+)
+"""A request as the sidecar of Dynamo 1.6.1 wrote it."""
+
+
+async def test_all_that_dynamo_says_of_sampling_reaches_the_engine(front: Front) -> None:
+    request = openengine_pb2.GenerateRequest.FromString(SIDECARS_OWN)
+    assert list(request.token_ids.ids) == [502, 503, 261, 431]
+    assert list(UnknownFieldSet(request)) == []
+    request.token_ids.ids[:] = [1, 2, 3]
+    request.model = "fake"
+    async for _ in inference(front).Generate(request):
+        pass
+    (submit,) = front.engine.sent(Submit)
+    assert submit.request.prompt_token_ids == [1, 2, 3]
+    assert submit.request.params == SamplingParams(
+        temperature=0.5,
+        top_p=0.75,
+        top_k=5,
+        min_p=0.125,
+        frequency_penalty=0.5,
+        presence_penalty=0.25,
+        repetition_penalty=1.5,
+        seed=7,
+        max_tokens=8,
+        min_tokens=3,
+        stop=(".",),
+        stop_token_ids=(3,),
+        logprobs=2,
+    )
+
+
+async def test_what_is_not_served_of_the_protocol_is_unimplemented(front: Front) -> None:
+    call = front.channel.unary_unary("/openengine.v1.Control/ListLoras")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call(b"")
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 async def read_all(call: Any) -> tuple[dict[int, list[Any]], dict[int, Any]]:
