@@ -7,6 +7,7 @@ from tidegate.engine import policy
 from tidegate.engine.eviction import Eviction
 from tidegate.engine.journal import Journal
 from tidegate.engine.memory.block import Block, State
+from tidegate.engine.memory.prefix import Prefix
 from tidegate.engine.memory.tiers import BlockManager
 from tidegate.engine.messages import ProgressKind
 from tidegate.engine.request import Request, Violation
@@ -80,11 +81,9 @@ class Admission:
             return
         # The last token must be computed, to give logits.
         most = min(parent.table.num_tokens, len(seq.tokens) - 1)
-        shared = common_prefix(parent.tokens, seq.tokens, most)
-        if (
-            shared
-            and shared >= len(self._manager.find_prefix(seq.table, seq.tokens)) * self._manager.block_size
-        ):
+        shared = self._manager.reach(parent.table, common_prefix(parent.tokens, seq.tokens, most))
+        known = self._manager.find_prefix(seq.table, seq.tokens)
+        if shared and shared >= known.length * self._manager.block_size:
             self._roster.set_table(seq, self._manager.fork(parent.table, shared))
             seq.high_water = seq.table.num_tokens
             self._journal.wanted(seq)
@@ -122,50 +121,47 @@ class Admission:
     def enter(self, seq: Sequence) -> bool:
         """Take a sequence from the ready queue into the batch; False, unchanged, where there is no room."""
         table, manager = seq.table, self._manager
-        known = self._find_room(seq)
-        if known is None:
+        start = self._find_room(seq)
+        if start is None:
             return False
         # Making room may have cost its own tail. Later, this would drop the step that it gets now.
         self._eviction.note_truncated()
-        returns = bool(table.blocks)
         seq.immune_until = self._eviction.step_id + policy.IMMUNE_STEPS
         # The order in the queue depends on whether it has started: out of the queue first.
         self._roster.leave(seq)
         if seq.started_at is None:
             seq.started_at = self._now()
             size = manager.block_size
-            total = table.num_tokens if returns else len(known) * size
-            on_host = sum(
-                min(size, total - i * size)
-                for i, block in enumerate(known)
-                if block.device is None or block.state is State.LOADING
+            total = table.num_tokens or start.length * size
+            on_host = {
+                i for i, block in start.numbered() if block.device is None or block.state is State.LOADING
+            }
+            self._journal.admitted(
+                seq, known=total, on_host=sum(min(size, total - i * size) for i in on_host)
             )
-            self._journal.admitted(seq, known=total, on_host=on_host)
         else:
             self._journal.progress(seq, ProgressKind.RESUMED)
-        if returns:
+        if table.end:
             manager.resume(table)
         else:
-            manager.adopt(table, known)
+            manager.adopt(table, start)
         seq.num_scheduled = table.num_tokens
         self._roster.run(seq)
         return True
 
-    def _find_room(self, seq: Sequence) -> list[Block] | None:
-        """The blocks that a newcomer starts with, its own or a known prefix, once they fit on the device.
+    def _find_room(self, seq: Sequence) -> Prefix[Block] | None:
+        """What a newcomer starts with, its own blocks or a known prefix, once it fits on the device.
 
         With room left for others to grow; the stalled and the less urgent make way. None: not now.
         """
-        manager, eviction = self._manager, self._eviction
+        manager, eviction, table = self._manager, self._eviction, seq.table
         while True:
             # Looked up anew each time: making room may have cost the prefix.
-            known = seq.table.blocks or manager.find_prefix(seq.table, seq.tokens)
-            extra = manager.num_missing(seq.table, len(seq.tokens) + 1)
-            if not seq.table.blocks:
-                extra -= len(known)
+            start = manager.start_of(table, seq.tokens)
+            extra = manager.num_to_come(table, start, len(seq.tokens) + 1)
             reserve = policy.growth_reserve(len(self._roster.running), manager.block_size, self._caution)
-            if manager.has_room(known, extra + reserve):
-                return known
+            if manager.has_room(start.blocks, extra + reserve * len(manager.groups)):
+                return start
             if eviction.room_is_on_its_way:
                 return None
             victim = eviction.victim(lambda c: c.stalled or c.priority < seq.request.priority)

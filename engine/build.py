@@ -60,6 +60,8 @@ def compose(config: EngineConfig, path: Path, parts: DeviceParts) -> EngineCore:
         host_blocks=sizes.host,
         transfer=transfer,
         hasher=hasher,
+        groups=parts.groups,
+        step_tokens=config.max_step_tokens,
         host_ready=parts.host_ready,
         host_quota=int(config.tenant_host_share * sizes.host),
     )
@@ -97,6 +99,7 @@ def compose(config: EngineConfig, path: Path, parts: DeviceParts) -> EngineCore:
         host_blocks=sizes.host,
         block_bytes=layout.block_bytes,
         block_size=layout.block_size,
+        windows=[group.window for group in parts.groups],
         max_model_len=sizes.max_model_len,
     )
     return EngineCore(info, scheduler, parts.runner, transfer, config.pipeline_depth, Profiler(TorchTrace))
@@ -110,12 +113,14 @@ def _cpu_parts(config: EngineConfig, path: Path, progress: bool) -> DeviceParts:
     loaded = time.perf_counter()
     _say_which_kernels(model.operations)
     layout = model.layout(config.block_size or CPU_BLOCK_SIZE)
+    groups = tuple(group.kind for group in model.groups)
     sizes = size_tiers(
         config,
         block_size=layout.block_size,
         block_bytes=layout.block_bytes,
         model_len=model.config.sequence_limit(config.max_model_len),
         free=headroom(),
+        groups=groups,
     )
     device_pool = layout.allocate(sizes.device, device)
     host_pool = HostPool(layout.allocate(sizes.host, device))
@@ -128,6 +133,7 @@ def _cpu_parts(config: EngineConfig, path: Path, progress: bool) -> DeviceParts:
         max_model_len=sizes.max_model_len,
         eos_token_ids=model.config.eos_token_ids,
         depth=config.pipeline_depth,
+        groups=groups,
         argmax=model.operations.argmax,
     )
     return DeviceParts(
@@ -135,6 +141,7 @@ def _cpu_parts(config: EngineConfig, path: Path, progress: bool) -> DeviceParts:
         dtype=model.dtype,
         device=str(device),
         layout=layout,
+        groups=groups,
         sizes=sizes,
         transfer=transfer,
         runner=runner,

@@ -48,6 +48,7 @@ def parts_of(
     loaded = time.perf_counter()
     model, model_len = decoder.config, decoder.max_model_len
     layout = decoder.layout(config.block_size or BLOCK_SIZE)
+    groups = tuple(group.kind for group in decoder.groups)
     device_free = 0
     if config.device_kv_tokens is None:
         device_free = _room_for_kv(config, decoder, layout, device)
@@ -58,6 +59,7 @@ def parts_of(
         model_len=model_len,
         free=headroom(),
         device_free=device_free,
+        groups=groups,
     )
     device_pool = layout.allocate(sizes.device, device.torch_device)
     host_pool = PinnedPool(device, layout, sizes.host)
@@ -70,6 +72,7 @@ def parts_of(
         max_model_len=sizes.max_model_len,
         max_step_tokens=config.max_step_tokens,
         eos_token_ids=model.eos_token_ids,
+        groups=groups,
     )
     transfer = CudaTransfer(device, device_pool, host_pool, compute_done=lambda: runner.last_done)
     transfer.calibrate()
@@ -78,6 +81,7 @@ def parts_of(
         dtype=decoder.dtype,
         device=str(device.torch_device),
         layout=layout,
+        groups=groups,
         sizes=sizes,
         transfer=transfer,
         runner=runner,
@@ -120,14 +124,15 @@ def _largest_steps(config: EngineConfig, decoder: CudaDecoder, layout: BlockLayo
     """
     pool = layout.allocate(1, device.torch_device).zero_()
     rows, tokens, model_len = config.max_num_seqs, config.max_step_tokens, decoder.max_model_len
-    runner = CudaRunner(decoder, device, pool, layout, rows, model_len, tokens, decoder.config.eos_token_ids)
+    eos, groups = decoder.config.eos_token_ids, [group.kind for group in decoder.groups]
+    runner = CudaRunner(decoder, device, pool, layout, rows, model_len, tokens, eos, groups)
     # With penalties: they need a place for all logits in fp32.
     params = SamplingParams(temperature=0, presence_penalty=1.0)
     setups, chunks = [], []
     for row in range(rows):
         count = min(model_len - 1, max(1, tokens))
         tokens -= count
-        blocks = [0] * -(-count // layout.block_size)
+        blocks = [[0] * -(-count // layout.block_size)] * len(groups)
         setups.append(RowSetup(row, [0] * count, count, blocks, params, 0, 0))
         chunks.append(Chunk(row, 0, count, True))
     chunks.sort(key=lambda chunk: chunk.count)

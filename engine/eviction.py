@@ -124,15 +124,14 @@ class Eviction:
             return self._limits.preemption != "recompute"
         # What it shares with others that run stays, and is there when it comes back.
         table, size = seq.table, self._limits.block_bytes
-        num_shared = len(table.blocks) - table.num_exclusive
-        own = table.blocks[num_shared:]
+        own = [block for block in table.blocks if block.resident == 1]
         dirty = sum(not block.is_clean for block in own)
         costs = policy.preemption_costs(
             bytes_out=dirty * size,
             bytes_in=len(own) * size,
             queued_bytes=self._manager.copies_in_flight * size,
             bytes_per_second=self._bytes_per_second(),
-            tokens=max(0, table.num_tokens - num_shared * self._manager.block_size),
+            tokens=max(0, table.num_tokens - table.num_shared * self._manager.block_size),
             tokens_per_second=self.prefill.tokens_per_second,
         )
         fits = dirty <= self._manager.num_host_available
@@ -240,14 +239,13 @@ class Eviction:
         for seq, _ in ranked:
             if most == 0:
                 return
-            full = seq.table.blocks[: seq.table.num_tokens // manager.block_size]
-            most -= manager.write_ahead(full, most)
+            most -= manager.write_ahead(manager.full_blocks(seq.table), most)
 
     def _all_may_grow(self) -> bool:
         """Whether nobody waits, and those that run fit in what is free however long they become."""
         room = 0 if self._roster.ready else self._manager.device.num_free
         for seq in self._roster.running:
-            room -= self._manager.blocks_for(seq.num_prompt + seq.max_output) - len(seq.table.blocks)
+            room -= self._manager.most_blocks(seq.num_prompt + seq.max_output) - len(seq.table.blocks)
             if room <= 0:
                 return False
         return room > 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from tidegate.engine.memory.copies import Transfer
+from tidegate.engine.memory.groups import KVGroup
 from tidegate.engine.memory.layout import BlockLayout
 from tidegate.engine.memory.sizing import TierSizes
 from tidegate.engine.model.config import ModelConfig
@@ -18,6 +19,7 @@ class DeviceParts:
     dtype: torch.dtype
     device: str
     layout: BlockLayout
+    groups: tuple[KVGroup, ...]
     sizes: TierSizes
     transfer: Transfer
     runner: Runner

@@ -18,6 +18,7 @@ from tidegate.engine.admission import Admission
 from tidegate.engine.eviction import Eviction
 from tidegate.engine.journal import Journal
 from tidegate.engine.limits import Limits
+from tidegate.engine.memory.block import Block
 from tidegate.engine.memory.tiers import BlockManager
 from tidegate.engine.messages import (
     Finish,
@@ -303,7 +304,7 @@ class Scheduler:
         if start + amount > seq.reserved and not self._make_room(seq, start + amount):
             return 0
         plan = step.plan
-        if seq.row_blocks != len(seq.table.blocks):
+        if seq.row_blocks != seq.table.end:
             self._update_row(plan, seq)
         samples = amount == left
         plan.chunks.append(Chunk(seq.row, start, amount, samples))
@@ -316,20 +317,21 @@ class Scheduler:
 
     def _update_row(self, plan: StepPlan, seq: Sequence) -> None:
         """Tell the runner what it does not know yet of the sequence's row."""
-        block_ids = [
-            block.device.index for block in seq.table.blocks[max(0, seq.row_blocks) :] if block.device
-        ]
-        if seq.row_blocks < 0:
+        groups, known = seq.table.groups, seq.row_blocks
+        if known < 0:
             self._journal.scheduled(seq)
             seed, index = seq.request.seed, seq.request.sample_index + seq.choice
             params = seq.request.params
             # A copy: the list grows while the step that carries it is under way.
             tokens = list(seq.tokens)
+            block_ids = [[0] * group.start + device_ids(group.blocks) for group in groups]
             plan.setups.append(RowSetup(seq.row, tokens, seq.num_prompt, block_ids, params, seed, index))
         else:
-            places = range(seq.row_blocks, len(seq.table.blocks))
-            plan.new_blocks.extend((seq.row, i, block) for i, block in zip(places, block_ids, strict=True))
-        seq.row_blocks = len(seq.table.blocks)
+            for number, group in enumerate(groups):
+                first = max(known, group.start)
+                new = enumerate(device_ids(group.blocks[first - group.start :]), first)
+                plan.new_blocks.extend((seq.row, number, i, block) for i, block in new)
+        seq.row_blocks = seq.table.end
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
         """Grow a running sequence's table, at the cost of those behind it; False where it must wait."""
@@ -343,7 +345,7 @@ class Scheduler:
                 return False
             self._num_displaced += 1
             self._eviction.preempt(victim)
-        seq.reserved = len(seq.table.blocks) * self._manager.block_size
+        seq.reserved = seq.table.end * self._manager.block_size
         return True
 
     # What a step gave
@@ -416,3 +418,8 @@ class Scheduler:
             self._manager.release(seq.table)
             self._roster.remove(seq)
         self._journal.finished(seq, reason, error)
+
+
+def device_ids(blocks: list[Block]) -> list[int]:
+    """Where the blocks of a resident table lie."""
+    return [block.device.index for block in blocks if block.device]

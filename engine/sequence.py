@@ -63,7 +63,7 @@ class Sequence:
     """To be preempted as soon as nothing is in flight for it."""
     row: int = -1
     row_blocks: int = -1
-    """How much of the block table the runner's row holds; -1 before the row is set up."""
+    """How much of the block tables the runner's row holds; -1 before the row is set up."""
     siblings: "list[Sequence]" = field(default_factory=list)
     """Other choices, until this one has computed the prompt that they share."""
     num_stalls: int = 0
@@ -140,4 +140,4 @@ class Sequence:
         self.reserved = 0
         self.pending = 0
         self.in_flight = 0
-        self.row_blocks = min(self.row_blocks, len(self.table.blocks))
+        self.row_blocks = min(self.row_blocks, self.table.end)

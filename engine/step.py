@@ -1,6 +1,6 @@
 """One step of the engine, as the scheduler plans it and the runner computes it.
 
-The runner keeps one *row* for each resident sequence: its token ids, block table and sampling
+The runner keeps one *row* for each resident sequence: its token ids, block tables and sampling
 parameters stay there from step to step, so that a plan carries changes only. Everything a plan does
 to rows is applied in step order, behind the step before it: a row may be given to another sequence
 while an earlier step that uses it still runs.
@@ -29,8 +29,9 @@ class RowSetup:
     token_ids: list[int]
     """Prompt and confirmed output; positions behind them are written by the sampler."""
     num_prompt_tokens: int
-    block_ids: list[int]
-    """Device block of each logical block, in order."""
+    block_ids: list[list[int]]
+    """For each KV group the device block of each logical block, in order; anything in place of those that its
+    window has passed."""
     params: SamplingParams
     seed: int
     sample_index: int
@@ -57,8 +58,8 @@ class StepPlan:
     """Decodes (``count == 1`` and ``samples``) first."""
     setups: list[RowSetup] = field(default_factory=list)
     """Rows that change hands before this step computes."""
-    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
-    """(row, index in its block table, device block id): growth of rows set up earlier."""
+    new_blocks: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """(row, KV group, index in its block table, device block id): growth of rows set up earlier."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, target) device block ids, to be copied behind the step before and before this one computes:
     a row goes on from a block that it shares with others."""

@@ -1,8 +1,8 @@
 """One KV block: where its content lies, who holds it, and what may become of it.
 
-A **block** is ``block_size`` positions of a sequence across all layers. It has up to two **slots**, one
-in each tier, and each slot knows how many of its positions are valid. Everything one says about a
-block, dirty or clean, loading or host-only, is derived from its slots, never stored:
+A **block** is ``block_size`` positions of a sequence across all layers of one group (``groups.py``). It has
+up to two **slots**, one in each tier, and each slot knows how many of its positions are valid. Everything one
+says about a block, dirty or clean, loading or host-only, is derived from its slots, never stored:
 
 =============  ==========================  ================================
 seen as        device slot                 host slot
@@ -26,6 +26,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from tidegate.engine.memory.copies import Reason
+from tidegate.engine.memory.groups import KVGroup
 
 
 class State(StrEnum):
@@ -106,8 +107,10 @@ class Copy(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Block:
+    group: int = 0
+    """The number of its KV group."""
     key: bytes | None = None
-    """Set once the block is full and confirmed, and is the one block known under this prefix key."""
+    """Set once the block is full and confirmed, and is the one block of its group known under this key."""
     device: Slot | None = None
     host: Slot | None = None
     holders: "dict[BlockTable, None]" = field(default_factory=dict)
@@ -143,17 +146,52 @@ class Block:
         return device is not None and host is not None and host.valid_len >= device.valid_len
 
 
-@dataclass(slots=True, eq=False)
-class BlockTable:
-    """A sequence's blocks, in order.
+@dataclass(slots=True)
+class GroupTable:
+    """The block table of one sequence in one group: ``blocks[0]`` is the sequence's block number ``start``.
 
-    ``[0, num_tokens)`` is valid KV, in one tier or the other; blocks behind it are reserved.
+    The blocks before it have left the group's window.
     """
 
-    tenant: str = ""
-    root: bytes = b""
-    """The tenant's root key (see ``prefix.py``)."""
+    kind: KVGroup
     blocks: list[Block] = field(default_factory=list)
+    start: int = 0
+    source: Block | None = None
+    """The shared block that the tail is a copy of, held until the step that copies it is collected."""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.blocks)
+
+    def at(self, place: int) -> Block:
+        """The sequence's block of that number."""
+        return self.blocks[place - self.start]
+
+    @property
+    def num_shared(self) -> int:
+        """Of a resident table, how many of the sequence's first blocks others keep on the device, too.
+
+        Those that nobody needs any more are among them, as far as others keep what is needed behind them.
+        """
+        if self.kind.window is None:
+            # What tables share comes first.
+            return bisect_left(self.blocks, True, key=lambda block: block.resident == 1)
+        own = next((i for i, block in enumerate(self.blocks) if block.resident == 1), len(self.blocks))
+        return self.start + own if own else 0
+
+
+@dataclass(slots=True, eq=False)
+class BlockTable:
+    """A sequence's blocks: one table for each KV group, side by side.
+
+    ``[0, num_tokens)`` is valid KV, in one tier or the other, of what a group keeps; blocks behind it are
+    reserved. All groups' tables end with the same block.
+    """
+
+    tenant: str
+    root: bytes
+    """The tenant's root key (see ``prefix.py``)."""
+    groups: tuple[GroupTable, ...]
     num_tokens: int = 0
     resident: bool = False
     loading: int = 0
@@ -162,25 +200,59 @@ class BlockTable:
     """The last step launched with this table."""
     keys: list[bytes] = field(default_factory=list)
     """Prefix keys of the sequence's full blocks, as far as anybody asked for them."""
-    source: Block | None = None
-    """The shared block that the tail is a copy of, held until the step that copies it is collected."""
     copy_due: bool = False
-    """No launched step carries that copy yet."""
+    """No launched step carries the copies yet that fill tails from their sources."""
 
     @property
-    def num_exclusive(self) -> int:
-        """Blocks of a resident table that no other keeps on the device: what tables share comes first."""
-        return len(self.blocks) - bisect_left(self.blocks, True, key=lambda block: block.resident == 1)
+    def end(self) -> int:
+        """How many blocks the sequence has come to, those included that a group has let go of."""
+        return self.groups[0].end
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Those of all groups, group by group. Not to be changed."""
+        if len(self.groups) == 1:
+            return self.groups[0].blocks
+        return [block for group in self.groups for block in group.blocks]
+
+    @property
+    def sources(self) -> list[Block]:
+        return [group.source for group in self.groups if group.source is not None]
 
     @property
     def held(self) -> list[Block]:
         """All blocks that must not go."""
-        return self.blocks if self.source is None else [*self.blocks, self.source]
+        return [*self.blocks, *self.sources]
+
+    @property
+    def num_exclusive(self) -> int:
+        """Blocks of a resident table that no other keeps on the device."""
+        return sum(
+            len(group.blocks) - group.num_shared
+            if group.kind.window is None
+            else sum(block.resident == 1 for block in group.blocks)
+            for group in self.groups
+        )
+
+    @property
+    def num_shared(self) -> int:
+        """Of a resident table, how many of the sequence's first blocks others keep on the device, too."""
+        return min(group.num_shared for group in self.groups)
 
     @property
     def is_ready(self) -> bool:
         """Whether a step may use the table."""
         return self.resident and self.loading == 0
+
+    def reach(self, num_tokens: int, block_size: int) -> int:
+        """Of its first ``num_tokens`` positions, how many there are to go on from.
+
+        All of them; or none, where a window reaches back from there to blocks that are gone.
+        """
+        for group in self.groups:
+            if group.kind.needed_from(num_tokens, block_size) < group.start:
+                return 0
+        return num_tokens
 
 
 Observer = Callable[[Block, Event, State, State], None]

@@ -6,7 +6,7 @@ Written for speed: simulations walk everything after every step.
 from collections import defaultdict
 from collections.abc import Iterable
 
-from tidegate.engine.memory.block import Block, BlockTable, State
+from tidegate.engine.memory.block import Block, BlockTable, GroupTable, State
 from tidegate.engine.memory.store import BlockStore
 
 
@@ -49,17 +49,34 @@ def check_integrity(store: BlockStore, tables: Iterable[BlockTable]) -> None:
 
 def _check_table(store: BlockStore, table: BlockTable) -> None:
     """Every position that it counts on is held, and where its steps want it."""
+    loading = 0
+    for group in table.groups:
+        if group.end != table.end:
+            raise RuntimeError("a table has groups of different lengths")
+        loading += _check_group(store, table, group)
+    if table.loading != (loading if table.resident else 0):
+        raise RuntimeError("a table's loads are miscounted")
+    if table.resident and table in store.parked:
+        raise RuntimeError("a resident table counts as parked")
+
+
+def _check_group(store: BlockStore, table: BlockTable, group: GroupTable) -> int:
+    """How many of the group's blocks are on their way to the device."""
     size, resident, is_ready, loading = store.block_size, table.resident, table.is_ready, 0
     full, rest = divmod(table.num_tokens, size)
-    for i, block in enumerate(table.blocks):
+    if group.start > group.kind.needed_from(table.num_tokens, size):
+        raise RuntimeError("a group lacks blocks that its next position sees")
+    if group.start < group.kind.kept_from(table.num_tokens, size):
+        raise RuntimeError("a group keeps blocks that its window has passed")
+    for i, block in enumerate(group.blocks, group.start):
         if block.copy is not None and not block.copy.to_host:
             loading += 1
-        if i == full and table.source is not None:
+        if i == full and group.source is not None:
             if not resident or block.writer is not table:
                 raise RuntimeError("a copied tail is not its table's own")
             if len(block.holders) != 1:
                 raise RuntimeError("a tail that is not filled yet is shared")
-            block = table.source
+            block = group.source
         needed = size if i < full else rest if i == full else 0
         device = -1 if block.device is None else block.device.valid_len
         if device < needed and (block.host is None or block.host.valid_len < needed):
@@ -68,10 +85,7 @@ def _check_table(store: BlockStore, table: BlockTable) -> None:
             raise RuntimeError("a resident table's block is not on the device")
         if is_ready and device < needed:
             raise RuntimeError("a ready table's block is not valid on the device")
-    if table.loading != (loading if resident else 0):
-        raise RuntimeError("a table's loads are miscounted")
-    if resident and table in store.parked:
-        raise RuntimeError("a resident table counts as parked")
+    return loading
 
 
 def _check_writer(store: BlockStore, block: Block) -> None:
@@ -80,9 +94,10 @@ def _check_writer(store: BlockStore, block: Block) -> None:
         return
     if writer not in block.holders or not writer.resident:
         raise RuntimeError("a block's writer does not run")
-    if block not in writer.blocks:
+    group = writer.groups[block.group]
+    if block not in group.blocks:
         raise RuntimeError("a block is written by a table that copies it")
-    end = (writer.blocks.index(block) + 1) * store.block_size
+    end = (group.start + group.blocks.index(block) + 1) * store.block_size
     most = max(holder.num_tokens for holder in block.holders)
     if writer.num_tokens < min(end, most):
         raise RuntimeError("a block's writer overwrites what another needs")
@@ -106,7 +121,7 @@ def _check_shelves(store: BlockStore, block: Block) -> None:
 def _check_key(store: BlockStore, block: Block) -> None:
     if block.key is None:
         return
-    if store.index.get(block.key) is not block:
+    if store.index.get(block.group, block.key) is not block:
         raise RuntimeError("a block carries a key that is not its own")
     if block.copy is not None:
         return

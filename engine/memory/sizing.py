@@ -1,11 +1,13 @@
 """How large the two tiers are where nobody says: from the memory that this process may still take."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from tidegate.engine.config import ConfigError, EngineConfig
+from tidegate.engine.memory.groups import FULL_ATTENTION, KVGroup, longest_sequence, most_blocks
 
 DEVICE_SHARE = 0.25
 """Of the memory that is free once the weights are loaded, on the CPU device."""
@@ -17,7 +19,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class TierSizes:
-    """In blocks."""
+    """In blocks, of whichever group."""
 
     device: int
     host: int
@@ -44,27 +46,32 @@ def size_tiers(
     model_len: int,
     free: int,
     device_free: int | None = None,
+    groups: Sequence[KVGroup] = FULL_ATTENTION,
 ) -> TierSizes:
     """``model_len`` is what the model allows, or what was asked for; ``free`` is ``headroom()``.
-    ``device_free``: bytes for the device tier where it has memory of its own.
+    ``device_free``: bytes for the device tier where it has memory of its own. Where the configuration gives
+    a tier in tokens, it is what sequences of so many tokens would take that all groups keep.
 
     Raises ``ConfigError`` where the device tier cannot hold one sequence of ``max_model_len``.
     """
     if config.device_kv_tokens is None:
-        most = config.max_num_seqs * -(-model_len // block_size) + 1
+        longest_one = most_blocks(groups, model_len, config.max_step_tokens, block_size)
+        most = config.max_num_seqs * longest_one + len(groups)
         room = int(free * DEVICE_SHARE) if device_free is None else device_free
         device = min(room // block_bytes, most)
     else:
-        device = config.device_kv_tokens // block_size
+        device = config.device_kv_tokens // block_size * len(groups)
     if config.host_kv_tokens is None:
         host = min(HOST_TO_DEVICE * device, int(free * HOST_SHARE) // block_bytes)
     else:
-        host = config.host_kv_tokens // block_size
-    # A block more than one sequence needs, so that the longest one never waits for its own tail.
-    longest = (device - 1) * block_size
+        host = config.host_kv_tokens // block_size * len(groups)
+    # A block a group more than one sequence needs, so that the longest one never waits for its own tail.
+    longest = longest_sequence(
+        groups, device - len(groups), max(model_len, 2), config.max_step_tokens, block_size
+    )
     if longest < min(config.max_model_len or 0, model_len) or longest < 2:
         raise ConfigError(
-            f"device_kv_tokens: the device tier holds {max(0, longest)} tokens of one sequence, and a block "
+            f"device_kv_tokens: the device tier holds {longest} tokens of one sequence, and a block "
             f"of {block_size} to spare, less than max_model_len {config.max_model_len or 2}; "
             "raise the one or lower the other"
         )

@@ -3,11 +3,12 @@
 Tables are here only as the holders of blocks: what happens to a sequence as a whole is in ``tiers.py``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from tidegate.engine.memory.block import Block, BlockTable, Copy, Event, Observer, Slot, State
 from tidegate.engine.memory.copies import CopyOp, Reason, Transfer
+from tidegate.engine.memory.groups import KVGroup
 from tidegate.engine.memory.parked import Parked
 from tidegate.engine.memory.pool import BlockPool
 from tidegate.engine.memory.prefix import PrefixIndex
@@ -21,6 +22,7 @@ class BlockStore:
     def __init__(
         self,
         *,
+        kinds: Sequence[KVGroup],
         block_size: int,
         device_blocks: int,
         host_blocks: int,
@@ -31,7 +33,7 @@ class BlockStore:
         self.block_size = block_size
         self.device = BlockPool(device_blocks)
         self.host = BlockPool(host_blocks)
-        self.index: PrefixIndex[Block] = PrefixIndex()
+        self.index: PrefixIndex[Block] = PrefixIndex(kinds, block_size)
         self.shelves = Shelves()
         self.parked = Parked(host_quota)
         self.copies: dict[int, Block] = {}
@@ -48,10 +50,11 @@ class BlockStore:
 
     # What steps do to a block
 
-    def fresh(self, table: BlockTable) -> Block:
+    def fresh(self, table: BlockTable, group: int) -> Block:
         """A block with a device slot, held by a resident table that is to write to it."""
-        block = Block(holders={table: None}, resident=1, writer=table)
-        before = table.blocks[-1].device if table.blocks else None
+        block = Block(group, holders={table: None}, resident=1, writer=table)
+        others = table.groups[group].blocks
+        before = others[-1].device if others else None
         with _Transition(self, block, Event.RESERVE):
             block.device = Slot(self._take_device(None if before is None else before.index))
         return block
@@ -225,15 +228,37 @@ class BlockStore:
         self.settle(block)
 
     def _drop_tail(self, table: BlockTable) -> None:
-        """A parked table gives up its last block; what lies before it stays of use."""
-        block = table.blocks.pop()
-        table.num_tokens = min(table.num_tokens, len(table.blocks) * self.block_size)
-        self.parked.lost(table, [block])
+        """A parked table gives up its last blocks; what lies before them stays of use."""
+        gone = self._shorten(table, table.end - 1)
         self.truncated[table] = None
-        del block.holders[table]
-        # Nothing changes for others who hold it: the table was not resident.
-        if not block.holders:
-            self.settle(block)
+        for block in gone:
+            del block.holders[table]
+        for block in gone:
+            # Nothing changes for others who hold it: the table was not resident.
+            if not block.holders:
+                self.settle(block)
+
+    def _shorten(self, table: BlockTable, length: int) -> list[Block]:
+        """Take the blocks from number ``length`` on out of the table, or all where windows need what is gone;
+        the caller detaches and settles them.
+        """
+        num_tokens = table.reach(min(table.num_tokens, length * self.block_size), self.block_size)
+        gone = self.take_out(table, length if num_tokens else 0)
+        table.num_tokens = num_tokens
+        self.parked.lost(table, gone)
+        return gone
+
+    @staticmethod
+    def take_out(table: BlockTable, length: int) -> list[Block]:
+        """Leave the table the blocks before number ``length``; those behind it, which it held so far."""
+        gone: list[Block] = []
+        for group in table.groups:
+            keep = max(0, length - group.start)
+            gone += group.blocks[keep:]
+            del group.blocks[keep:]
+            if length == 0:
+                group.start = 0
+        return gone
 
     def _evict(self, block: Block) -> None:
         with _Transition(self, block, Event.EVICT):
@@ -283,14 +308,11 @@ class BlockStore:
         """The block's content is lost to all who hold it: each keeps what lies before it."""
         lost: list[Block] = []
         for table in list(block.holders):
-            keep = table.blocks.index(block)
-            gone = table.blocks[keep:]
+            group = table.groups[block.group]
+            gone = self._shorten(table, group.start + group.blocks.index(block))
             for after in gone:
                 self.detach(after, table)
             lost += gone
-            del table.blocks[keep:]
-            table.num_tokens = min(table.num_tokens, keep * self.block_size)
-            self.parked.lost(table, gone)
             self.truncated[table] = None
         # Only now that every table is consistent again: settling one block may lose another.
         for after in reversed(lost):
@@ -299,7 +321,7 @@ class BlockStore:
     def forget(self, block: Block) -> None:
         """The block is no known prefix any more."""
         if block.key is not None:
-            self.index.remove(block.key)
+            self.index.remove(block.group, block.key)
             block.key = None
 
     def forget_prefixes(self, *, device: bool, host: bool) -> tuple[int, int]:

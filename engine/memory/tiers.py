@@ -1,13 +1,17 @@
 """The block manager: what sequences have in the two tiers, and what may become of it.
 
-A **table** is the list of a sequence's blocks (see ``block.py``). While it is *resident* its blocks stay
-on the device and steps may read and write them; while it is not, they are kept (class S: somebody will
-come back for them) but their device slots are anybody's as soon as the host holds a copy. Blocks that no
-table holds are kept as long as there is room (class P: a prefix that may be used again).
+A **table** lists a sequence's blocks, for each KV group apart (see ``block.py``, ``groups.py``). While it is
+*resident* its blocks stay on the device and steps may read and write them; while it is not, they are kept
+(class S: somebody will come back for them) but their device slots are anybody's as soon as the host holds a
+copy. Blocks that no table holds are kept as long as there is room (class P: a prefix that may be used again).
 
 Tables may share a block, its last one too. They agree on as many of its positions as each of them
 counts; behind those one of them, the block's *writer*, may go on. Any other that has to write there takes
 a block of its own first, and a step copies into it what is shared (copy on write).
+
+A group with a window lets go of a block as soon as no later position of the sequence sees anything of it. The
+block leaves the table as any other does, through its fence, and may live on as a known prefix. What is left
+is no place to go back to: a table that is cut far back, or loses its tail, has nothing left.
 
 Three things keep a slot from being reused under somebody's hands. A *resident* count: tables that
 steps may use. A *copy* in flight: one a block at most. A *fence*: the last step that was launched with
@@ -23,10 +27,11 @@ simulation.
 
 from collections.abc import Callable, Iterable, KeysView, Sequence
 
-from tidegate.engine.memory.block import Block, BlockTable, Observer, State
+from tidegate.engine.memory.block import Block, BlockTable, GroupTable, Observer, State
 from tidegate.engine.memory.copies import Reason, Transfer
+from tidegate.engine.memory.groups import FULL_ATTENTION, KVGroup, most_blocks
 from tidegate.engine.memory.integrity import check_integrity
-from tidegate.engine.memory.prefix import BlockHasher
+from tidegate.engine.memory.prefix import BlockHasher, Prefix
 from tidegate.engine.memory.stats import MIN_PREEMPTED
 from tidegate.engine.memory.store import BlockStore
 
@@ -42,17 +47,23 @@ class BlockManager:
         host_blocks: int,
         transfer: Transfer,
         hasher: BlockHasher | None,
+        groups: Sequence[KVGroup] = FULL_ATTENTION,
+        step_tokens: int = 0,
         host_ready: Callable[[], int] | None = None,
         host_quota: int | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """``hasher`` None: no prefix is ever shared. ``host_ready`` tells how many of the host's blocks can
-        be used by now, from the first; None: all of them. ``host_quota``: blocks that each tenant may have
-        parked before it is the first to lose some. ``observer`` is told of every transition.
+        """``hasher`` None: no prefix is ever shared. ``step_tokens``: the most positions that a sequence
+        takes in one step, which groups with a window need room for. ``host_ready`` tells how many of the
+        host's blocks can be used by now, from the first; None: all of them. ``host_quota``: blocks that each
+        tenant may have parked before it is the first to lose some. ``observer`` is told of every transition.
         """
         self.block_size = block_size
         self.hasher = hasher
+        self.groups = tuple(groups)
+        self._step_tokens = step_tokens
         self._store = BlockStore(
+            kinds=self.groups,
             block_size=block_size,
             device_blocks=device_blocks,
             host_blocks=host_blocks if host_ready is None else min(host_blocks, host_ready()),
@@ -111,7 +122,12 @@ class BlockManager:
         return self._store.blocks(tables)
 
     def blocks_for(self, num_tokens: int) -> int:
+        """In each group, those that have left its window included."""
         return -(-num_tokens // self.block_size)
+
+    def most_blocks(self, num_tokens: int) -> int:
+        """What a sequence that grows to ``num_tokens`` holds in all groups, at the most."""
+        return most_blocks(self.groups, num_tokens, self._step_tokens, self.block_size)
 
     def has_room(self, blocks: Sequence[Block], extra: int) -> bool:
         """Whether these blocks fit on the device together, and ``extra`` fresh ones beside them."""
@@ -120,38 +136,58 @@ class BlockManager:
         return missing + extra <= self.num_available - counted_twice
 
     def num_missing(self, table: BlockTable, num_tokens: int) -> int:
-        """Fresh blocks that the table takes to hold ``[0, num_tokens)``, a copy of a shared tail included."""
-        writes = num_tokens > table.num_tokens
-        growth = self.blocks_for(num_tokens) - len(table.blocks)
-        return max(0, growth) + (writes and self._must_copy_tail(table))
+        """Fresh blocks that the table takes to hold ``[0, num_tokens)``, copies of shared tails included."""
+        growth = max(0, self.blocks_for(num_tokens) - table.end) * len(self.groups)
+        return growth + (self._num_tails_to_copy(table) if num_tokens > table.num_tokens else 0)
+
+    def num_to_come(self, table: BlockTable, start: Prefix[Block], num_tokens: int) -> int:
+        """Fresh blocks that the table is to take, one step after the other, until it has ``num_tokens``.
+
+        As ``num_missing``, but a group with a window lets go of blocks on the way. ``start``: what the table
+        holds, or will begin with.
+        """
+        size, missing = self.block_size, 0
+        for kind, held in zip(self.groups, start.groups, strict=True):
+            most = kind.most_blocks(num_tokens, self._step_tokens, size)
+            missing += max(0, min(self.blocks_for(num_tokens) - start.length, most - len(held)))
+        return missing + (self._num_tails_to_copy(table) if num_tokens > table.num_tokens else 0)
 
     # The life of a table
 
     def new_table(self, tenant: str) -> BlockTable:
-        return BlockTable(tenant, self.hasher.root(tenant) if self.hasher is not None else b"")
+        root = self.hasher.root(tenant) if self.hasher is not None else b""
+        return BlockTable(tenant, root, tuple(GroupTable(kind) for kind in self.groups))
 
-    def find_prefix(self, table: BlockTable, token_ids: Sequence[int]) -> list[Block]:
-        """Known blocks that hold a prefix of ``token_ids``; nothing changes.
+    def find_prefix(self, table: BlockTable, token_ids: Sequence[int]) -> Prefix[Block]:
+        """Known blocks that a table with a prefix of ``token_ids`` would hold; nothing changes.
 
         Never all of the tokens: the last one must be computed to give logits, and computing it inside
         a shared block would write to what others read.
         """
         if self.hasher is None:
-            return []
+            return self._store.index.longest(())
         limit = (len(token_ids) - 1) // self.block_size
         self.hasher.extend(table.keys, table.root, token_ids, limit)
         return self._store.index.longest(table.keys[:limit])
 
-    def adopt(self, table: BlockTable, blocks: Sequence[Block]) -> None:
-        """Start an empty table with blocks that ``find_prefix`` found, and make it resident.
+    def start_of(self, table: BlockTable, token_ids: Sequence[int]) -> Prefix[Block]:
+        """What a table goes on from that is not resident: its own blocks, or without any a known prefix."""
+        if table.end:
+            return Prefix(table.end, tuple(group.blocks for group in table.groups))
+        return self.find_prefix(table, token_ids)
+
+    def adopt(self, table: BlockTable, known: Prefix[Block]) -> None:
+        """Start an empty table with what ``find_prefix`` found, and make it resident.
 
         The caller has asked ``has_room``. Host-only blocks start to load.
         """
-        for block in blocks:
-            block.holders[table] = None
-            block.hits += 1
-        table.blocks.extend(blocks)
-        table.num_tokens = len(blocks) * self.block_size
+        for group, blocks in zip(table.groups, known.groups, strict=True):
+            group.start = known.length - len(blocks)
+            group.blocks.extend(blocks)
+            for block in blocks:
+                block.holders[table] = None
+                block.hits += 1
+        table.num_tokens = known.length * self.block_size
         self.stats.host_hits_prefix += self._make_resident(table, Reason.PREFIX)
 
     def reserve(self, table: BlockTable, num_tokens: int) -> bool:
@@ -160,58 +196,87 @@ class BlockManager:
         A tail that others need as it is gets replaced by a block of the table's own, which the next step
         must fill first: ``launched`` says from which slot.
         """
-        if num_tokens <= len(table.blocks) * self.block_size and self._owns_tail(table):
-            # Nearly always: one more position in a block that the table has written to before.
+        if num_tokens <= table.end * self.block_size and self._owns_tail(table):
+            # Nearly always: one more position in blocks that the table has written to before.
             return True
         missing = self.num_missing(table, num_tokens)
         if missing > self.num_available:
             return False
         self._store.make_free(missing)
-        if num_tokens > table.num_tokens and not self._owns_tail(table):
+        if num_tokens > table.num_tokens:
             self._own_tail(table)
-        while len(table.blocks) < self.blocks_for(num_tokens):
-            table.blocks.append(self._store.fresh(table))
+        end = self.blocks_for(num_tokens)
+        for number, group in enumerate(table.groups):
+            while group.end < end:
+                group.blocks.append(self._store.fresh(table, number))
         return True
 
     def _owns_tail(self, table: BlockTable) -> bool:
         """Whether steps may write behind the table's positions as it stands."""
         place, valid = divmod(table.num_tokens, self.block_size)
-        return not valid or table.blocks[place].writer is table
+        return not valid or all(group.at(place).writer is table for group in table.groups)
 
-    def _must_copy_tail(self, table: BlockTable) -> bool:
+    def _num_tails_to_copy(self, table: BlockTable) -> int:
+        place, valid = divmod(table.num_tokens, self.block_size)
+        return sum(self._must_copy(table, group.at(place)) for group in table.groups) if valid else 0
+
+    @staticmethod
+    def _must_copy(table: BlockTable, tail: Block) -> bool:
         """Whether others need what the table would overwrite in its last block."""
-        if self._owns_tail(table):
+        if tail.writer is table:
             return False
-        tail = table.blocks[table.num_tokens // self.block_size]
         return tail.writer is not None or any(h.num_tokens > table.num_tokens for h in tail.holders)
 
     def _own_tail(self, table: BlockTable) -> None:
-        """Make the table the writer of its partial tail, or of a block of its own in place of it."""
+        """Make the table the writer of its partial tails, or of blocks of its own in place of them."""
         place, valid = divmod(table.num_tokens, self.block_size)
-        tail = table.blocks[place]
-        if self._must_copy_tail(table):
-            # The source stays held, and resident, until the step that copies it has ended well.
-            table.source, table.copy_due = tail, True
-            table.blocks[place] = self._store.fresh(table)
-        else:
-            tail.writer = table
-            self._store.cut(tail, valid)
+        if not valid:
+            return
+        for number, group in enumerate(table.groups):
+            tail = group.at(place)
+            if self._must_copy(table, tail):
+                # The source stays held, and resident, until the step that copies it has ended well.
+                group.source, table.copy_due = tail, True
+                group.blocks[place - group.start] = self._store.fresh(table, number)
+            elif tail.writer is not table:
+                tail.writer = table
+                self._store.cut(tail, valid)
 
     def commit(self, table: BlockTable, num_tokens: int, token_ids: Sequence[int]) -> None:
         """Positions up to ``num_tokens`` are computed and their tokens confirmed."""
         size, store = self.block_size, self._store
-        first, done = table.num_tokens // size, num_tokens // size
-        for i in range(first, self.blocks_for(num_tokens)):
-            store.commit(table.blocks[i], min(size, num_tokens - i * size))
+        first, done, end = table.num_tokens // size, num_tokens // size, self.blocks_for(num_tokens)
         table.num_tokens = num_tokens
-        if table.source is not None:
-            source, table.source = table.source, None
-            store.let_go(source, table)
+        for group in table.groups:
+            for i in range(first, end):
+                store.commit(group.at(i), min(size, num_tokens - i * size))
+            if group.source is not None:
+                source, group.source = group.source, None
+                store.let_go(source, table)
         if self.hasher is not None and done > first:
             self.hasher.extend(table.keys, table.root, token_ids, done)
-            for i in range(first, done):
-                if store.index.add(table.keys[i], table.blocks[i]):
-                    table.blocks[i].key = table.keys[i]
+            for number, group in enumerate(table.groups):
+                for i in range(first, done):
+                    if store.index.add(number, table.keys[i], group.at(i)):
+                        group.at(i).key = table.keys[i]
+        for group in table.groups:
+            if group.kind.window is not None:
+                self._leave_behind(table, group)
+
+    def _leave_behind(self, table: BlockTable, group: GroupTable) -> None:
+        """Let go of [start, kept_from): no later position sees anything of these blocks.
+
+        Steps under way may; they were launched with the table, and its fence holds the slots for them.
+        """
+        keep = group.kind.kept_from(table.num_tokens, self.block_size) - group.start
+        if keep > 0:
+            gone = group.blocks[:keep]
+            del group.blocks[:keep]
+            group.start += keep
+            for block in gone:
+                self._store.detach(block, table)
+            for block in gone:
+                self._store.settle(block)
 
     def park(self, table: BlockTable) -> None:
         """Only its client can want this table back, and may never do so: where the host tier is full it
@@ -238,7 +303,7 @@ class BlockManager:
         table.resident = False
         table.loading = 0
         blocks, store = list(table.blocks), self._store
-        full = blocks[: table.num_tokens // self.block_size]
+        full = self.full_blocks(table)
         if table not in store.parked and len(full) >= MIN_PREEMPTED:
             self.stats.preempted_full += len(full)
             self.stats.preempted_clean += sum(block.is_clean for block in full)
@@ -261,39 +326,51 @@ class BlockManager:
 
     def _make_resident(self, table: BlockTable, reason: Reason) -> int:
         """How many of the table's positions have to come from the host."""
-        store, from_host = self._store, 0
+        store = self._store
         table.resident = True
         # From the tail, so that of the copies that the host still holds the head's are dropped last.
         for block in reversed(table.blocks):
             block.resident += 1
             store.settle(block)
         store.make_free(sum(block.device is None for block in table.blocks))
-        for i, block in enumerate(table.blocks):
-            if block.device is None:
-                store.load(block, reason)
-            if block.state is State.LOADING:
-                table.loading += 1
-                from_host += min(self.block_size, table.num_tokens - i * self.block_size)
-        return from_host
+        from_host: set[int] = set()
+        for group in table.groups:
+            for i, block in enumerate(group.blocks, group.start):
+                if block.device is None:
+                    store.load(block, reason)
+                if block.state is State.LOADING:
+                    table.loading += 1
+                    from_host.add(i)
+        return sum(min(self.block_size, table.num_tokens - i * self.block_size) for i in from_host)
 
     def fork(self, table: BlockTable, num_tokens: int) -> BlockTable:
         """A new table, not resident, that shares the first ``num_tokens`` positions in the tier they lie in.
 
-        At most as many as are valid; ``num_tokens`` of the child says how many it got. The last block may
-        be shared in part: whichever of its holders has to write where another needs what is there copies
-        it first (see ``reserve``). The parent may be running, loading, suspended or parked, and goes on as
-        if nothing had happened; it may be released before the child ever runs.
+        At most as many as are valid, and none where a window reaches back from there to blocks that the
+        parent has let go of; ``num_tokens`` of the child says how many it got. The last block may be shared
+        in part: whichever of its holders has to write where another needs what is there copies it first (see
+        ``reserve``). The parent may be running, loading, suspended or parked, and goes on as if nothing had
+        happened; it may be released before the child ever runs.
         """
-        num_tokens = min(num_tokens, table.num_tokens)
-        blocks = table.blocks[: self.blocks_for(num_tokens)]
-        if table.source is not None and num_tokens > table.num_tokens // self.block_size * self.block_size:
-            # The parent's own tail is still to be filled.
-            blocks[-1] = table.source
+        num_tokens = self.reach(table, num_tokens)
+        end, place = self.blocks_for(num_tokens), table.num_tokens // self.block_size
+        groups: list[GroupTable] = []
+        for group in table.groups:
+            start = max(group.start, group.kind.kept_from(num_tokens, self.block_size)) if num_tokens else 0
+            blocks = group.blocks[start - group.start : end - group.start] if num_tokens else []
+            if group.source is not None and end > place:
+                # The parent's own tail is still to be filled.
+                blocks[-1] = group.source
+            groups.append(GroupTable(group.kind, blocks, start))
         keys = table.keys[: num_tokens // self.block_size]
-        child = BlockTable(table.tenant, table.root, blocks, num_tokens, keys=keys)
-        for block in blocks:
+        child = BlockTable(table.tenant, table.root, tuple(groups), num_tokens, keys=keys)
+        for block in child.blocks:
             block.holders[child] = None
         return child
+
+    def reach(self, table: BlockTable, num_tokens: int) -> int:
+        """How many of the table's first ``num_tokens`` positions a ``fork`` or ``truncate`` leaves."""
+        return table.reach(min(num_tokens, table.num_tokens), self.block_size)
 
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
         """Cut a table to ``num_tokens`` positions, or leave it where it has no more.
@@ -308,15 +385,15 @@ class BlockManager:
         del table.keys[num_tokens // self.block_size :]
         if num_tokens >= table.num_tokens:
             return
-        keep, store = self.blocks_for(num_tokens), self._store
-        gone = table.blocks[keep:]
-        del table.blocks[keep:]
-        table.num_tokens = num_tokens
+        store, table.num_tokens = self._store, self.reach(table, num_tokens)
+        place, valid = divmod(table.num_tokens, self.block_size)
+        gone = store.take_out(table, self.blocks_for(table.num_tokens))
         store.parked.lost(table, gone)
         for block in gone:
             store.detach(block, table)
-        if num_tokens % self.block_size:
-            store.retire_writer(table.blocks[-1], table)
+        if valid:
+            for group in table.groups:
+                store.retire_writer(group.at(place), table)
         # Only now that the table is consistent again: settling a block may cost a parked table its tail.
         for block in reversed(gone):
             store.settle(block)
@@ -325,7 +402,10 @@ class BlockManager:
         """The sequence is over, or will compute everything again. Known prefixes stay while there is room."""
         self.unpark(table)
         blocks = table.held
-        table.blocks, table.num_tokens, table.source, table.copy_due = [], 0, None, False
+        self._store.take_out(table, 0)
+        table.num_tokens, table.copy_due = 0, False
+        for group in table.groups:
+            group.source = None
         # From the tail, so that the head of a prefix, of more use to others, is evicted last.
         for block in reversed(blocks):
             self._store.let_go(block, table)
@@ -337,21 +417,36 @@ class BlockManager:
         """Nobody else may begin with these blocks: what was computed from them was not finite."""
         for block in table.blocks:
             self._store.forget(block)
+        for number, group in enumerate(table.groups):
+            for key in table.keys[: group.start]:
+                behind = self._store.index.get(number, key)
+                if behind is not None:
+                    self._store.forget(behind)
+                    self._store.settle(behind)
 
     def trim(self, table: BlockTable) -> None:
         """Give back what was reserved behind the valid positions, as after a failed step.
 
-        Also a tail of its own that no step has filled: the table shares its source again.
+        Also tails of its own that no step has filled: the table shares their sources again.
         """
-        if table.source is not None:
-            place = table.num_tokens // self.block_size
-            unfilled, table.blocks[place] = table.blocks[place], table.source
-            table.source, table.copy_due = None, False
-            self._store.let_go(unfilled, table)
-        keep = self.blocks_for(table.num_tokens)
-        for block in table.blocks[keep:]:
-            self._store.let_go(block, table)
-        del table.blocks[keep:]
+        place, end = table.num_tokens // self.block_size, self.blocks_for(table.num_tokens)
+        table.copy_due = False
+        for group in table.groups:
+            if group.source is not None:
+                unfilled, group.blocks[place - group.start] = group.at(place), group.source
+                group.source = None
+                self._store.let_go(unfilled, table)
+            keep = end - group.start
+            for block in group.blocks[keep:]:
+                self._store.let_go(block, table)
+            del group.blocks[keep:]
+
+    def full_blocks(self, table: BlockTable) -> list[Block]:
+        """Those of the table, group by group, in which every position is valid."""
+        full = table.num_tokens // self.block_size
+        if len(table.groups) == 1:
+            return table.blocks[: full - table.groups[0].start]
+        return [block for group in table.groups for block in group.blocks[: full - group.start]]
 
     def is_written(self, table: BlockTable) -> bool:
         """Whether giving the table's device slots away would lose nothing."""
@@ -373,13 +468,17 @@ class BlockManager:
         Returns the (source, target) device slots that it has to copy before it computes.
         """
         table.fence = step_id
-        if not table.copy_due or table.source is None:
+        if not table.copy_due:
             return []
         table.copy_due = False
-        source, target = table.source.device, table.blocks[table.num_tokens // self.block_size].device
-        if source is None or target is None:
-            raise RuntimeError("a shared block is to be copied on a device that does not hold it")
-        return [(source.index, target.index)]
+        copies: list[tuple[int, int]] = []
+        for group in table.groups:
+            if group.source is not None:
+                source, target = group.source.device, group.at(table.num_tokens // self.block_size).device
+                if source is None or target is None:
+                    raise RuntimeError("a shared block is to be copied on a device that does not hold it")
+                copies.append((source.index, target.index))
+        return copies
 
     def collected(self, step_id: int) -> None:
         """That step and all before it have ended, well or not."""

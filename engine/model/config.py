@@ -85,6 +85,8 @@ class ModelConfig:
     tie_embeddings: bool
     rope: RopeConfig
     max_position_embeddings: int
+    windows: tuple[int | None, ...]
+    """Of each layer: the positions that a query sees, its own included; None: all before it."""
     dtype: torch.dtype | None
     """What the weights are meant to be computed in; None: the file does not say."""
     eos_token_ids: tuple[int, ...]
@@ -125,7 +127,7 @@ class _Header(msgspec.Struct, frozen=True):
 
 
 class _ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
-    """Keys of ``config.json``, with the defaults that transformers gives to both architectures."""
+    """Keys of ``config.json``, with the defaults that transformers gives to all architectures."""
 
     vocab_size: _Positive
     hidden_size: _Positive
@@ -141,7 +143,8 @@ class _ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
     attention_bias: bool = False
     mlp_bias: bool = False
     use_sliding_window: bool = False
-    sliding_window: int | None = None
+    sliding_window: Annotated[int, msgspec.Meta(ge=2)] | None = 4096
+    """Of Mistral and Qwen2. A window of one position would leave nothing to attend to but itself."""
     max_window_layers: int = 28
     layer_types: list[str] | None = None
     rope_parameters: dict[str, Any] | None = None
@@ -158,7 +161,12 @@ class _GenerationFile(msgspec.Struct, frozen=True):
     eos_token_id: int | list[int] | None = None
 
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -175,8 +183,9 @@ def read_config(folder: Path) -> ModelConfig:
     content = path.read_bytes()
     architecture = _architecture(path, _decode(path, content, _Header))
     file = _decode(path, content, _ConfigFile)
-    qwen2 = architecture == "Qwen2ForCausalLM"
-    _refuse_unsupported(path, file, qwen2)
+    if file.hidden_act not in ("silu", "swish"):
+        raise ConfigError(f"{path}: hidden_act {file.hidden_act!r} is not supported; supported is 'silu'")
+    llama, qwen2 = architecture == "LlamaForCausalLM", architecture == "Qwen2ForCausalLM"
 
     head_dim = file.head_dim
     if head_dim is None:
@@ -203,13 +212,14 @@ def read_config(folder: Path) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=file.intermediate_size,
-        qkv_bias=qwen2 or file.attention_bias,
-        o_bias=not qwen2 and file.attention_bias,
-        mlp_bias=not qwen2 and file.mlp_bias,
+        qkv_bias=qwen2 or (llama and file.attention_bias),
+        o_bias=llama and file.attention_bias,
+        mlp_bias=llama and file.mlp_bias,
         rms_eps=file.rms_norm_eps,
         tie_embeddings=file.tie_word_embeddings,
         rope=_rope(path, file),
         max_position_embeddings=file.max_position_embeddings,
+        windows=_windows(path, file, architecture),
         dtype=_dtype(path, file),
         eos_token_ids=_eos_token_ids(folder, file),
     )
@@ -242,22 +252,35 @@ def _architecture(path: Path, header: _Header) -> str:
     return architecture
 
 
-def _refuse_unsupported(path: Path, file: _ConfigFile, qwen2: bool) -> None:
-    if file.hidden_act not in ("silu", "swish"):
-        raise ConfigError(f"{path}: hidden_act {file.hidden_act!r} is not supported; supported is 'silu'")
-    if not qwen2:
-        return
-    for layer_type in file.layer_types or ():
-        if layer_type != "full_attention":
+def _windows(path: Path, file: _ConfigFile, architecture: str) -> tuple[int | None, ...]:
+    """As transformers reads the keys: Mistral has a window in all layers or none, Qwen2 in some of them."""
+    count, window = file.num_hidden_layers, file.sliding_window
+    if architecture == "LlamaForCausalLM":
+        return (None,) * count
+    if architecture == "MistralForCausalLM":
+        if file.layer_types is not None:
+            raise ConfigError(f"{path}: layer_types is not supported for MistralForCausalLM; leave it out")
+        return (window,) * count
+    if file.layer_types is None:
+        if not file.use_sliding_window:
+            window = None
+        return tuple(window if layer >= file.max_window_layers else None for layer in range(count))
+    for layer_type in file.layer_types:
+        if layer_type not in _LAYER_TYPES:
             raise ConfigError(
-                f"{path}: layer_types {layer_type!r} is not supported; supported is 'full_attention'"
+                f"{path}: layer_types {layer_type!r} is not supported; "
+                f"supported are {', '.join(_LAYER_TYPES)}"
             )
-    windowed = file.layer_types is None and file.max_window_layers < file.num_hidden_layers
-    if file.use_sliding_window and file.sliding_window is not None and windowed:
+    if len(file.layer_types) != count:
         raise ConfigError(
-            f"{path}: use_sliding_window with sliding_window {file.sliding_window} is not supported; "
-            "layers attend to the whole sequence"
+            f"{path}: layer_types names {len(file.layer_types)} layers and num_hidden_layers is {count}"
         )
+    if "sliding_attention" in file.layer_types and not (file.use_sliding_window and window):
+        raise ConfigError(
+            f"{path}: layer_types has 'sliding_attention' without a window: set use_sliding_window and "
+            "sliding_window"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in file.layer_types)
 
 
 def _rope(path: Path, file: _ConfigFile) -> RopeConfig:

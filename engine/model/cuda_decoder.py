@@ -7,10 +7,12 @@ Legend: T packed tokens, R rows whose logits are wanted, M hidden size, X heads 
 head size, L positions; the pool's NLCKBD stands in ``engine.memory.layout``.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
-from tidegate.engine.memory.layout import BlockLayout
+from tidegate.engine.memory.layout import BlockLayout, group_layers, places_of
 from tidegate.engine.model.config import ModelConfig
 from tidegate.engine.model.decoder import DecoderWeights, LayerWeights
 from tidegate.engine.model.rope import Rotary
@@ -30,6 +32,8 @@ class CudaDecoder:
         self.vocab_size = config.vocab_size
         self.max_model_len = max_model_len
         self.group = config.num_heads // config.num_kv_heads
+        self.groups = group_layers(config.windows)
+        self._places = places_of(self.groups)
         self._weights = weights
         self._scale = config.head_dim**-0.5
         # Made on the CPU, whose cosine the CPU device uses: so both devices turn by the same angles.
@@ -39,8 +43,15 @@ class CudaDecoder:
 
     def layout(self, block_size: int) -> BlockLayout:
         """The KV blocks that this model reads and writes."""
-        config = self.config
-        return BlockLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, self.dtype)
+        config, groups = self.config, self.groups
+        return BlockLayout(
+            num_layers=len(groups[0].layers),
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=block_size,
+            dtype=self.dtype,
+            num_groups=len(groups),
+        )
 
     @torch.inference_mode()
     def forward(
@@ -48,11 +59,12 @@ class CudaDecoder:
         token_ids_T: torch.Tensor,
         positions_T: torch.Tensor,
         pool_NLCKBD: torch.Tensor,
-        batch: AttentionBatch,
+        batches: Sequence[AttentionBatch],
         sample_rows_R: torch.Tensor | None,
     ) -> torch.Tensor:
         """Write the tokens' keys and values to the pool and return logits RV, in the model's dtype.
 
+        ``batches``: one for each of ``groups``.
         Only ``sample_rows_R`` (indices into T; None for all) pass through what follows the last layer's
         attention: no later token reads the rest.
         """
@@ -66,8 +78,9 @@ class CudaDecoder:
                 normed_TM = rms_norm(residual_TM, layer.attention_norm, eps)
             else:
                 normed_TM = add_rms_norm(x_TM, residual_TM, layer.attention_norm, eps)
-            kv_NCKBD = BlockLayout.layer(pool_NLCKBD, index)
-            attended_TX = self._attend(normed_TM, layer, kv_NCKBD, batch, *angles)
+            group, place = self._places[index]
+            kv_NCKBD = BlockLayout.layer(pool_NLCKBD, place)
+            attended_TX = self._attend(normed_TM, layer, kv_NCKBD, batches[group], *angles)
             if index == last and sample_rows_R is not None:
                 attended_TX = attended_TX.index_select(0, sample_rows_R)
                 residual_TM = residual_TM.index_select(0, sample_rows_R)

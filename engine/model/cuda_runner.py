@@ -20,6 +20,7 @@ import structlog
 import torch
 
 from tidegate.engine.device.streams import Device, Event
+from tidegate.engine.memory.groups import FULL_ATTENTION, KVGroup
 from tidegate.engine.memory.layout import BlockLayout
 from tidegate.engine.messages import PositionLogprobs
 from tidegate.engine.model.cuda_graphs import DecodeGraphs
@@ -37,7 +38,13 @@ from tidegate.kernels.triton.attention import AttentionBatch
 from tidegate.kernels.triton.prefill_attention import PREFILL_TILE_FIELDS, prefill_tiles
 from tidegate.kernels.triton.sampling import sample
 from tidegate.kernels.triton.sampling_rows import sampling_rows
-from tidegate.kernels.triton.step_inputs import copy_blocks, gather_tables, store_sampled, token_inputs
+from tidegate.kernels.triton.step_inputs import (
+    TokenInputs,
+    copy_blocks,
+    gather_tables,
+    store_sampled,
+    token_inputs,
+)
 
 _STEPS = 4
 """Steps whose results may be outstanding; a fifth waits for the first."""
@@ -59,10 +66,13 @@ class CudaModel(Protocol):
         token_ids_T: torch.Tensor,
         positions_T: torch.Tensor,
         pool_NLCKBD: torch.Tensor,
-        batch: AttentionBatch,
+        batches: Sequence[AttentionBatch],
         sample_rows_R: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Write the tokens' KV to the pool; logits RV of the tokens ``sample_rows_R``, None for all."""
+        """Write the tokens' KV to the pool; logits RV of the tokens ``sample_rows_R``, None for all.
+
+        ``batches``: one for each KV group.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +162,10 @@ class CudaRunner:
         max_model_len: int,
         max_step_tokens: int,
         eos_token_ids: Sequence[int],
+        groups: Sequence[KVGroup] = FULL_ATTENTION,
     ) -> None:
         self._model = model
+        self._groups = groups
         self._device = device
         self._pool_NLCKBD = pool_NLCKBD
         self._kv_NCKBD = BlockLayout.layer(pool_NLCKBD, 0)
@@ -165,7 +177,13 @@ class CudaRunner:
         self.stream = device.stream()
 
         self._state = DeviceState(
-            device, self.stream, max_rows, max_model_len, layout.block_size, self._most_tokens
+            device,
+            self.stream,
+            max_rows,
+            max_model_len,
+            layout.block_size,
+            self._most_tokens,
+            len(groups),
         )
         self._extras = ExtraSampling(max_rows, model.vocab_size, eos_token_ids)
         self._adjusted_XV: torch.Tensor | None = None
@@ -218,8 +236,8 @@ class CudaRunner:
         state.inbox.clear()
         for setup in plan.setups:
             state.set_row(setup.row, setup.token_ids, setup.block_ids)
-        for row, index, block_id in plan.new_blocks:
-            state.set_block(row, index, block_id)
+        for row, group, index, block_id in plan.new_blocks:
+            state.set_block(row, group, index, block_id)
         sources_P = targets_P = None
         if plan.block_copies:
             sources_P, targets_P = state.inbox.put(np.array(plan.block_copies, np.int32).T)
@@ -304,29 +322,53 @@ class CudaRunner:
     def _decode(self, size: int, samples: bool) -> None:
         """One token for each of the rows in ``decode_rows``: what a CUDA graph captures."""
         state = self._state
-        rows_S = state.decode_rows[:size]
-        inputs = token_inputs(
-            rows_S, state.decode_starts[:size], state.tokens_XL, state.tables_XM, self._block_size
-        )
-        ends_S = inputs.context_lens_T
-        batch = AttentionBatch.on_device(
-            size,
-            ends_S,
-            gather_tables(rows_S, ends_S, state.tables_XM, state.tables_XM.shape[1], self._block_size),
-            inputs.positions_T,
-            inputs.slot_blocks_T,
-            inputs.slot_offsets_T,
-            rows_S.new_empty((0, PREFILL_TILE_FIELDS)),
-            self._kv_NCKBD,
+        rows_S, width = state.decode_rows[:size], state.tables_GXM.shape[2]
+        inputs = self._inputs(rows_S, state.decode_starts[:size])
+        ends_S = inputs[0].context_lens_T
+        batches = self._batches(
+            inputs, size, rows_S, ends_S, width, rows_S.new_empty((0, PREFILL_TILE_FIELDS))
         )
         logits_SV = self._model.forward(
-            inputs.token_ids_T, inputs.positions_T, self._pool_NLCKBD, batch, None
+            inputs[0].token_ids_T, inputs[0].positions_T, self._pool_NLCKBD, batches, None
         )
         if samples:
             self._sample(logits_SV, rows_S, ends_S, state.decode_place, None, 0)
         else:
             # A kernel, not a copy: what follows is no part of the graph, whose memory is anybody's then.
             torch.mul(logits_SV, 1.0, out=self._adjusted(size))
+
+    def _inputs(self, rows_T: torch.Tensor, positions_T: torch.Tensor) -> list[TokenInputs]:
+        """For each KV group; they differ in the tokens' slots alone."""
+        state = self._state
+        return [
+            token_inputs(rows_T, positions_T, state.tokens_XL, tables_XM, self._block_size)
+            for tables_XM in state.tables_GXM
+        ]
+
+    def _batches(
+        self,
+        inputs: Sequence[TokenInputs],
+        num_decodes: int,
+        rows_S: torch.Tensor,
+        ends_S: torch.Tensor,
+        width: int,
+        tiles_P5: torch.Tensor,
+    ) -> list[AttentionBatch]:
+        """For each KV group."""
+        return [
+            AttentionBatch.on_device(
+                num_decodes,
+                ends_S,
+                gather_tables(rows_S, ends_S, tables_XM, width, self._block_size),
+                tokens.positions_T,
+                tokens.slot_blocks_T,
+                tokens.slot_offsets_T,
+                tiles_P5,
+                self._kv_NCKBD,
+                group.window,
+            )
+            for group, tokens, tables_XM in zip(self._groups, inputs, self._state.tables_GXM, strict=True)
+        ]
 
     def _adjusted(self, size: int) -> torch.Tensor:
         if self._adjusted_XV is None:
@@ -343,7 +385,7 @@ class CudaRunner:
         extras: Extras | None,
         report_place: int,
     ) -> None:
-        state, put = self._state, self._state.inbox.put
+        put = self._state.inbox.put
         ends_S = starts_S + counts_S
         query_ends_S = counts_S.cumsum(dtype=np.int32)
         query_starts_T = (query_ends_S - counts_S).repeat(counts_S)
@@ -368,21 +410,10 @@ class CudaRunner:
         self._state.inbox.send()
 
         def work() -> None:
-            inputs = token_inputs(
-                token_rows_T, positions_T, state.tokens_XL, state.tables_XM, self._block_size
-            )
-            batch = AttentionBatch.on_device(
-                num_decodes,
-                ends,
-                gather_tables(rows, ends, state.tables_XM, width, self._block_size),
-                inputs.positions_T,
-                inputs.slot_blocks_T,
-                inputs.slot_offsets_T,
-                tiles,
-                self._kv_NCKBD,
-            )
+            inputs = self._inputs(token_rows_T, positions_T)
+            batches = self._batches(inputs, num_decodes, rows, ends, width, tiles)
             logits_RV = self._model.forward(
-                inputs.token_ids_T, inputs.positions_T, self._pool_NLCKBD, batch, places_R
+                inputs[0].token_ids_T, inputs[0].positions_T, self._pool_NLCKBD, batches, places_R
             )
             if len(sampling):
                 self._sample(logits_RV, rows_R, positions_R, place_1, extras, report_place)

@@ -2,7 +2,7 @@
 
 One tensor, so that one kernel can store whatever is new of any of it (``cuda_inbox.py``).
 
-Legend: X rows, L positions of a row, M blocks of a row, W words of a row's sampling parameters.
+Legend: G KV groups, X rows, L positions of a row, M blocks of a row, W words of a row's sampling parameters.
 """
 
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ class DeviceState:
         max_model_len: int,
         block_size: int,
         max_step_tokens: int,
+        num_groups: int,
     ) -> None:
         """Raises ``ValueError`` where it is more than an int32 counts."""
         width = -(-max_model_len // block_size)
@@ -37,7 +38,7 @@ class DeviceState:
         inbox_words = 16 * (max_step_tokens + max_rows) + (32 + 2 * MAX_STOP_TOKEN_IDS) * max_rows
         sizes = [
             max_rows * max_model_len,
-            max_rows * width,
+            num_groups * max_rows * width,
             max_rows * PARAMETER_WORDS,
             _ALIGNMENT,
             max_rows,
@@ -54,7 +55,7 @@ class DeviceState:
         firsts = [0, *ends[:-1]]
         parts = [words[first : first + size] for first, size in zip(firsts, sizes, strict=True)]
         self.tokens_XL = parts[0].view(max_rows, max_model_len)
-        self.tables_XM = parts[1].view(max_rows, width)
+        self.tables_GXM = parts[1].view(num_groups, max_rows, width)
         self.parameters_XW = parts[2].view(max_rows, PARAMETER_WORDS)
         self.decode_place = parts[3][:1]
         """The word of the ring where the first of a step's decodes leaves its token."""
@@ -62,16 +63,22 @@ class DeviceState:
         """The rows of a step of decodes alone..."""
         self.decode_starts = parts[5]
         """...and the position of each one's last token. At one place in every step: graphs read them."""
-        self._firsts = firsts
+        self._firsts: list[int] = firsts
+        self._table_shape = max_rows, width
         self.inbox = Inbox(device, stream, words, firsts[-1])
 
-    def set_row(self, row: int, token_ids: Sequence[int], block_ids: Sequence[int]) -> None:
+    def set_row(self, row: int, token_ids: Sequence[int], block_ids: Sequence[Sequence[int]]) -> None:
+        """``block_ids``: for each group."""
         self.inbox.store(row * self.tokens_XL.shape[1], np.array(token_ids, np.int32))
-        self.inbox.store(self._firsts[1] + row * self.tables_XM.shape[1], np.array(block_ids, np.int32))
+        for group, ids in enumerate(block_ids):
+            self.inbox.store(self._place_of(group, row, 0), np.array(ids, np.int32))
 
-    def set_block(self, row: int, index: int, block_id: int) -> None:
-        place = self._firsts[1] + row * self.tables_XM.shape[1] + index
-        self.inbox.store(place, np.array([block_id], np.int32))
+    def set_block(self, row: int, group: int, index: int, block_id: int) -> None:
+        self.inbox.store(self._place_of(group, row, index), np.array([block_id], np.int32))
+
+    def _place_of(self, group: int, row: int, index: int) -> int:
+        rows, width = self._table_shape
+        return self._firsts[1] + (group * rows + row) * width + index
 
     def set_parameters(self, row: int, record: npt.NDArray[np.int32]) -> None:
         self.inbox.store(self._firsts[2] + row * PARAMETER_WORDS, record)

@@ -7,12 +7,13 @@ Legend: T packed tokens, R rows whose logits are wanted, M hidden size, Y query 
 V vocabulary; the pool's NLCKBD stands in ``engine.memory.layout``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from tidegate.engine.memory.layout import BlockLayout
+from tidegate.engine.memory.layout import BlockLayout, group_layers, places_of
 from tidegate.engine.model.config import ModelConfig
 from tidegate.engine.model.linear import Projection
 from tidegate.engine.model.operations import choose_operations
@@ -48,14 +49,23 @@ class Decoder:
         self.config = config
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
+        self.groups = group_layers(config.windows)
+        self._places = places_of(self.groups)
         self._weights = weights
         self._cores = available_cores()
         self.operations = choose_operations(config, self.dtype, self.device)
 
     def layout(self, block_size: int) -> BlockLayout:
         """The KV blocks that this model reads and writes."""
-        config = self.config
-        return BlockLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, self.dtype)
+        config, groups = self.config, self.groups
+        return BlockLayout(
+            num_layers=len(groups[0].layers),
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=block_size,
+            dtype=self.dtype,
+            num_groups=len(groups),
+        )
 
     @torch.inference_mode()
     def forward(
@@ -63,23 +73,25 @@ class Decoder:
         token_ids_T: torch.Tensor,
         positions_T: torch.Tensor,
         pool_NLCKBD: torch.Tensor,
-        batch: AttentionBatch,
+        batches: Sequence[AttentionBatch],
         sample_rows_R: torch.Tensor,
     ) -> torch.Tensor:
         """Write the tokens' keys and values to the pool and return logits RV, in the model's dtype.
 
+        ``batches``: one for each of ``groups``, with its block tables and its window.
         Only ``sample_rows_R`` (indices into T) pass through what follows the last layer's attention: no
         later token reads the rest.
         """
         torch.set_num_threads(threads_for(self.config, len(token_ids_T), self._cores))
         weights, operations = self._weights, self.operations
         kv_LNCKBD = pool_NLCKBD.unbind(1)
-        attend = operations.attention(batch, kv_LNCKBD[0])
+        attends = [operations.attention(batch, kv_LNCKBD[0]) for batch in batches]
         x_TM, delta_TM = F.embedding(token_ids_T, weights.embedding), None
         last = len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
             x_TM, normed_TM = operations.add_norm(x_TM, delta_TM, layer.attention_norm)
-            attended_TY = attend(layer.qkv(normed_TM), kv_LNCKBD[index])
+            group, place = self._places[index]
+            attended_TY = attends[group](layer.qkv(normed_TM), kv_LNCKBD[place])
             if index == last:
                 x_TM = x_TM.index_select(0, sample_rows_R)
                 attended_TY = attended_TY.index_select(0, sample_rows_R)

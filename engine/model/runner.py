@@ -4,8 +4,8 @@ With ``depth`` 2 steps run one after the other on a thread of their own, so that
 planned meanwhile; a step reads the tokens that the one before it sampled from the row, where no one has
 had to look at them in between.
 
-Shapes: ``S`` chunks of the step, ``T`` their packed tokens, ``R`` chunks that sample, ``V`` vocabulary;
-the pool's ``NLCKBD`` stands in ``engine.memory.layout``.
+Shapes: ``S`` chunks of the step, ``T`` their packed tokens, ``R`` chunks that sample, ``V`` vocabulary,
+``G`` KV groups, ``X`` rows, ``M`` blocks of a row; the pool's ``NLCKBD`` stands in ``engine.memory.layout``.
 """
 
 import time
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from tidegate.engine import failpoints
+from tidegate.engine.memory.groups import FULL_ATTENTION, KVGroup
 from tidegate.engine.memory.layout import BlockLayout
 from tidegate.engine.model.sampler import Argmax, Sampler, torch_argmax
 from tidegate.engine.step import StepHandle, StepPlan, StepResult
@@ -31,10 +32,13 @@ class Model(Protocol):
         token_ids_T: torch.Tensor,
         positions_T: torch.Tensor,
         pool_NLCKBD: torch.Tensor,
-        batch: AttentionBatch,
+        batches: Sequence[AttentionBatch],
         sample_rows_R: torch.Tensor,
     ) -> torch.Tensor:
-        """Write the tokens' KV to the pool; logits RV of the tokens ``sample_rows_R``, which may be none."""
+        """Write the tokens' KV to the pool; logits RV of the tokens ``sample_rows_R``, which may be none.
+
+        ``batches``: one for each KV group.
+        """
 
 
 class ModelRunner:
@@ -53,6 +57,7 @@ class ModelRunner:
         max_model_len: int,
         eos_token_ids: Sequence[int],
         depth: int,
+        groups: Sequence[KVGroup] = FULL_ATTENTION,
         argmax: Argmax = torch_argmax,
     ) -> None:
         self._model = model
@@ -60,7 +65,8 @@ class ModelRunner:
         self._block_size = layout.block_size
         self._sampler = Sampler(max_rows, eos_token_ids, argmax)
         self._tokens = np.zeros((max_rows, max_model_len), np.int32)
-        self._block_tables = np.zeros((max_rows, -(-max_model_len // layout.block_size)), np.int32)
+        self._groups = groups
+        self._tables_GXM = np.zeros((len(groups), max_rows, -(-max_model_len // layout.block_size)), np.int32)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tidegate-steps") if depth > 1 else None
 
     def launch(self, plan: StepPlan) -> StepHandle:
@@ -91,23 +97,28 @@ class ModelRunner:
         ends_S = starts_S + counts_S
         query_ends_S = counts_S.cumsum()
         num_blocks = -(-int(ends_S.max()) // self._block_size)
-        batch = AttentionBatch.build(
-            # To attention a decode is one query token, whatever the plan calls it.
-            num_decodes=int((counts_S == 1).cumprod().sum()),
-            query_starts=[0, *query_ends_S.tolist()],
-            context_lens=ends_S.tolist(),
-            block_tables_SM=torch.from_numpy(self._block_tables[rows_S, :num_blocks]),
-            kv_NCKBD=BlockLayout.layer(self._pool_NLCKBD, 0),
-        )
-        token_ids_T = self._tokens[rows_S.repeat(counts_S), batch.positions_T.numpy()]
+        batches = [
+            AttentionBatch.build(
+                # To attention a decode is one query token, whatever the plan calls it.
+                num_decodes=int((counts_S == 1).cumprod().sum()),
+                query_starts=[0, *query_ends_S.tolist()],
+                context_lens=ends_S.tolist(),
+                block_tables_SM=torch.from_numpy(tables_XM[rows_S, :num_blocks]),
+                kv_NCKBD=BlockLayout.layer(self._pool_NLCKBD, 0),
+                window=group.window,
+            )
+            for group, tables_XM in zip(self._groups, self._tables_GXM, strict=True)
+        ]
+        positions_T = batches[0].positions_T
+        token_ids_T = self._tokens[rows_S.repeat(counts_S), positions_T.numpy()]
         if failpoints.ARMED:
             failpoints.reach("step", token_ids_T.tolist())
         sampling = np.flatnonzero(samples_S)
         logits_RV = self._model.forward(
             torch.from_numpy(token_ids_T.astype(np.int64)),
-            batch.positions_T,
+            positions_T,
             self._pool_NLCKBD,
-            batch,
+            batches,
             torch.from_numpy(query_ends_S[sampling] - 1),
         )
         if not len(sampling):
@@ -128,9 +139,10 @@ class ModelRunner:
     def _update_rows(self, plan: StepPlan) -> None:
         for setup in plan.setups:
             self._tokens[setup.row, : len(setup.token_ids)] = setup.token_ids
-            self._block_tables[setup.row, : len(setup.block_ids)] = setup.block_ids
-        for row, index, block_id in plan.new_blocks:
-            self._block_tables[row, index] = block_id
+            for tables_XM, block_ids in zip(self._tables_GXM, setup.block_ids, strict=True):
+                tables_XM[setup.row, : len(block_ids)] = block_ids
+        for row, group, index, block_id in plan.new_blocks:
+            self._tables_GXM[group, row, index] = block_id
         # Last: should one of them fail, the step behind this one still writes to its own blocks alone.
         for setup in plan.setups:
             self._sampler.set_row(setup)

@@ -16,9 +16,11 @@ from tidegate.engine.model.decoder import DecoderWeights, LayerWeights
 from tidegate.engine.model.linear import Projection
 
 
-def _shape(name: str, **sizes: int | bool | float) -> ModelConfig:
+def _shape(name: str, num_layers: int, **sizes: int | bool | float) -> ModelConfig:
     return ModelConfig(
         architecture=name,
+        num_layers=num_layers,
+        windows=(None,) * num_layers,
         o_bias=False,
         mlp_bias=False,
         rms_eps=1e-5,

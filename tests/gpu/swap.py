@@ -158,7 +158,7 @@ def beside_decode(report: Report) -> None:
             row,
             [3 + (7 * i + row) % 200 for i in range(context)],
             context,
-            list(range(row * blocks_each, (row + 1) * blocks_each)),
+            [list(range(row * blocks_each, (row + 1) * blocks_each))],
             params,
             row,
             0,

@@ -22,7 +22,10 @@ class Paged:
     def __init__(self, decoder: Decoder, num_blocks: int = 64) -> None:
         self.decoder = decoder
         layout = decoder.layout(BLOCK_SIZE)
-        self.pool = layout.allocate(num_blocks, decoder.device).fill_(torch.nan)
+        num_groups = len(decoder.groups)
+        self.pool = layout.allocate(num_groups * num_blocks, decoder.device).fill_(torch.nan)
+        self.firsts = range(0, num_groups * num_blocks, num_blocks)
+        """Each group's part of the pool, in which it has the same blocks."""
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))
         self.free: list[int] = order.tolist()
         self.tables: list[list[int]] = []
@@ -46,19 +49,23 @@ class Paged:
                 self.tables[sequence].append(self.free.pop())
         width = max(len(self.tables[sequence]) for sequence, _ in chunks)
         rows = [self.tables[sequence] + [0] * (width - len(self.tables[sequence])) for sequence, _ in chunks]
-        batch = AttentionBatch.build(
-            num_decodes=sum(len(tokens) == 1 for _, tokens in chunks),
-            query_starts=starts,
-            context_lens=[self.lens[sequence] for sequence, _ in chunks],
-            block_tables_SM=torch.tensor(rows, dtype=torch.int32),
-            kv_NCKBD=BlockLayout.layer(self.pool, 0),
-        )
+        batches = [
+            AttentionBatch.build(
+                num_decodes=sum(len(tokens) == 1 for _, tokens in chunks),
+                query_starts=starts,
+                context_lens=[self.lens[sequence] for sequence, _ in chunks],
+                block_tables_SM=torch.tensor(rows, dtype=torch.int32) + first,
+                kv_NCKBD=BlockLayout.layer(self.pool, 0),
+                window=group.kind.window,
+            )
+            for first, group in zip(self.firsts, self.decoder.groups, strict=True)
+        ]
         sampled = range(starts[-1]) if every_row else [end - 1 for end in starts[1:]]
         return self.decoder.forward(
             torch.cat([tokens for _, tokens in chunks]),
             torch.tensor(positions),
             self.pool,
-            batch,
+            batches,
             torch.tensor(list(sampled), dtype=torch.int64),
         )
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 import pytest
 from block_manager_model import BlockManagerModel, Violation, chooser, run_episode, run_random
 
-from tidegate.engine.memory.block import TRANSITIONS, Block, BlockTable
+from tidegate.engine.memory.block import TRANSITIONS, Block, BlockTable, GroupTable
+from tidegate.engine.memory.groups import KVGroup
 from tidegate.engine.memory.pool import BlockPool
+from tidegate.engine.memory.prefix import Prefix, PrefixIndex
 from tidegate.engine.memory.store import BlockStore
 from tidegate.engine.memory.tiers import BlockManager
 
@@ -27,6 +29,7 @@ def test_every_row_of_the_transition_table_happens_and_nothing_else_does() -> No
     assert totals.hits > 0
     assert totals.truncations > 0
     assert totals.copies_on_write > 0
+    assert totals.left_behind > 0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -81,9 +84,10 @@ def with_valid_len_of_a_full_block(patch: pytest.MonkeyPatch) -> None:
 
     def overstate(self: BlockManager, table: BlockTable, num_tokens: int, token_ids: Sequence[int]) -> None:
         commit(self, table, num_tokens, token_ids)
-        last = table.blocks[(num_tokens - 1) // self.block_size]
-        if last.device is not None:
-            last.device.valid_len = self.block_size
+        for group in table.groups:
+            last = group.at((num_tokens - 1) // self.block_size)
+            if last.device is not None:
+                last.device.valid_len = self.block_size
 
     patch.setattr(BlockManager, "commit", overstate)
 
@@ -151,7 +155,7 @@ def with_repeated_reports_taken(patch: pytest.MonkeyPatch) -> None:
 
 def without_copy_on_write(patch: pytest.MonkeyPatch) -> None:
     """Whoever comes first writes into the tail that others need."""
-    patch.setattr(BlockManager, "_must_copy_tail", lambda self, table: False)
+    patch.setattr(BlockManager, "_must_copy", lambda self, table, tail: False)
 
 
 def with_a_copy_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -171,9 +175,10 @@ def with_a_source_let_go_at_once(patch: pytest.MonkeyPatch) -> None:
 
     def hurry(self: BlockManager, table: BlockTable, step_id: int) -> list[tuple[int, int]]:
         copies, table.fence = launched(self, table, step_id), 0
-        if copies and table.source is not None:
-            source, table.source = table.source, None
-            self._store.let_go(source, table)
+        for group in table.groups if copies else ():
+            if group.source is not None:
+                source, group.source = group.source, None
+                self._store.let_go(source, table)
         table.fence = step_id
         return copies
 
@@ -185,12 +190,13 @@ def with_a_failed_copy_kept(patch: pytest.MonkeyPatch) -> None:
     trim = BlockManager.trim
 
     def keep(self: BlockManager, table: BlockTable) -> None:
-        if table.source is not None:
-            source, table.source = table.source, None
-            tail = table.blocks[table.num_tokens // self.block_size].device
-            if tail is not None:
-                tail.valid_len = table.num_tokens % self.block_size
-            self._store.let_go(source, table)
+        for group in table.groups:
+            if group.source is not None:
+                source, group.source = group.source, None
+                tail = group.at(table.num_tokens // self.block_size).device
+                if tail is not None:
+                    tail.valid_len = table.num_tokens % self.block_size
+                self._store.let_go(source, table)
         trim(self, table)
 
     patch.setattr(BlockManager, "trim", keep)
@@ -199,6 +205,64 @@ def with_a_failed_copy_kept(patch: pytest.MonkeyPatch) -> None:
 def without_cutting(patch: pytest.MonkeyPatch) -> None:
     """What lies behind the point from which a table goes on counts as before."""
     patch.setattr(BlockStore, "cut", lambda self, block, valid_len: None)
+
+
+def with_blocks_let_go_within_the_window(patch: pytest.MonkeyPatch) -> None:
+    """A block goes as soon as the window has passed its first position."""
+    needed_from = KVGroup.needed_from
+    patch.setattr(KVGroup, "kept_from", lambda self, tokens, size: needed_from(self, tokens + size - 1, size))
+
+
+def with_blocks_of_all_groups_let_go(patch: pytest.MonkeyPatch) -> None:
+    """What a window has passed is taken from the full attention's table as well."""
+    leave = BlockManager._leave_behind
+
+    def take_along(self: BlockManager, table: BlockTable, group: GroupTable) -> None:
+        leave(self, table, group)
+        for other in table.groups:
+            keep = group.start - other.start
+            for block in other.blocks[:keep] if keep > 0 else ():
+                self._store.let_go(block, table)
+                other.blocks.remove(block)
+                other.start += 1
+
+    patch.setattr(BlockManager, "_leave_behind", take_along)
+
+
+def with_blocks_kept_behind_the_window(patch: pytest.MonkeyPatch) -> None:
+    """One block table for all groups in effect: a window keeps what full attention keeps."""
+    patch.setattr(BlockManager, "_leave_behind", lambda self, table, group: None)
+
+
+def without_the_fence_of_a_window(patch: pytest.MonkeyPatch) -> None:
+    """What leaves a window is free at once, though a step under way still sees it."""
+    leave = BlockManager._leave_behind
+
+    def hurry(self: BlockManager, table: BlockTable, group: GroupTable) -> None:
+        fence, table.fence = table.fence, 0
+        leave(self, table, group)
+        table.fence = fence
+
+    patch.setattr(BlockManager, "_leave_behind", hurry)
+
+
+def with_hits_that_lack_the_window(patch: pytest.MonkeyPatch) -> None:
+    """What full attention knows is a hit, whatever is known of what the windows see."""
+
+    def hasty(self: PrefixIndex[Block], keys: Sequence[bytes]) -> Prefix[Block]:
+        length = next((i for i, key in enumerate(keys) if key not in self._groups[0]), len(keys))
+        groups: list[list[Block]] = []
+        for known in self._groups:
+            gap = next((i for i in reversed(range(length)) if keys[i] not in known), -1)
+            groups.append([known[key] for key in keys[gap + 1 : length]])
+        return Prefix(length, tuple(groups))
+
+    patch.setattr(PrefixIndex, "longest", hasty)
+
+
+def with_branches_before_the_window(patch: pytest.MonkeyPatch) -> None:
+    """A branch may begin anywhere, with whatever is left of what it sees."""
+    patch.setattr(BlockTable, "reach", lambda self, num_tokens, size: num_tokens)
 
 
 FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
@@ -217,6 +281,12 @@ FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     with_a_source_let_go_at_once,
     with_a_failed_copy_kept,
     without_cutting,
+    with_blocks_let_go_within_the_window,
+    with_blocks_of_all_groups_let_go,
+    with_blocks_kept_behind_the_window,
+    without_the_fence_of_a_window,
+    with_hits_that_lack_the_window,
+    with_branches_before_the_window,
 ]
 
 

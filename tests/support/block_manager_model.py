@@ -2,9 +2,10 @@
 
 The model plays the scheduler (admits, forks, suspends, resumes, releases), the runner (launches steps,
 computes them some time later, collects them, lets them fail) and the copy engine (``FakeTransfer``). A
-position's content is a number that stands for the tenant and all tokens up to there, as KV does. Each
-rule is one method; ``choose(n)`` makes every decision, so that one model serves a seeded random run and
-hypothesis alike. After every rule ``check`` compares tables, slots and content with what must be.
+position's content is a number that stands for the tenant and all tokens up to there, as KV does, in each
+group another one. Each rule is one method; ``choose(n)`` makes every decision, so that one model serves a
+seeded random run and hypothesis alike. After every rule ``check`` compares tables, slots and content with
+what must be.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from fake_transfer import POISON, FakeTransfer
 
 from tidegate.engine.memory.block import TRANSITIONS, Block, BlockTable, Event, Slot, State
+from tidegate.engine.memory.groups import KVGroup
 from tidegate.engine.memory.prefix import BlockHasher
 from tidegate.engine.memory.tiers import BlockManager
 
@@ -81,13 +83,15 @@ class Chunk(NamedTuple):
     epoch: int
     start: int
     end: int
-    slots: list[int]
+    slots: list[dict[int, int]]
+    """Of each group, by the number of the block."""
     copies: list[tuple[int, int]]
     """Source and target slots that the step copies before it computes."""
 
     @property
     def uses(self) -> list[int]:
-        return [*self.slots, *(source for source, _ in self.copies)]
+        held = [slot for group in self.slots for slot in group.values()]
+        return [*held, *(source for source, _ in self.copies)]
 
     @property
     def is_void(self) -> bool:
@@ -105,6 +109,16 @@ class Step:
 Choose = Callable[[int], int]
 
 
+def stored(content: list[int], group: int) -> list[int]:
+    """What the layers of a group keep of these positions."""
+    return [value ^ group << 40 for value in content]
+
+
+def first_visible(kind: KVGroup, num_tokens: int) -> int:
+    """The first position that the one behind ``num_tokens`` sees."""
+    return 0 if kind.window is None else max(0, num_tokens - kind.window + 1)
+
+
 class BlockManagerModel:
     def __init__(
         self,
@@ -117,15 +131,17 @@ class BlockManagerModel:
         host_quota: int | None = None,
         copies_fail: bool = True,
         walk: bool = True,
+        windows: tuple[int | None, ...] = (None,),
     ) -> None:
-        """``host_ready``: host blocks that are in place from the start; None: all. ``walk`` False leaves out
-        ``check_integrity``: the content oracle has to find faults alone.
+        """``windows``: of each KV group. ``host_ready``: host blocks that are in place from the start; None:
+        all. ``walk`` False leaves out ``check_integrity``: the content oracle has to find faults alone.
         """
         self.choose = choose
         self.block_size = block_size
         self.copies_fail = copies_fail
         self.walk = walk
-        self.max_len = (device_blocks - 1) * block_size
+        self.kinds = [KVGroup(window) for window in windows]
+        self.max_len = (device_blocks // len(windows) - 1) * block_size
         self.host_blocks = host_blocks
         self.host_ready = host_blocks if host_ready is None else host_ready
         self.transfer = FakeTransfer(device_blocks, host_blocks, block_size)
@@ -137,6 +153,8 @@ class BlockManagerModel:
             host_ready=lambda: self.host_ready,
             transfer=self.transfer,
             hasher=BlockHasher("model", block_size, secret=b"secret"),
+            groups=self.kinds,
+            step_tokens=2 * block_size,
             observer=self.observe,
         )
         self.sequences: list[Sequence] = []
@@ -146,6 +164,8 @@ class BlockManagerModel:
         self.hits = 0
         self.truncations = 0
         self.copies_on_write = 0
+        self.left_behind = 0
+        """Blocks that left a window."""
         self.truth: dict[Block, list[int]] = {}
         """What each block that a table holds must contain, as far as anybody committed to it."""
         self._used_by_steps: Counter[int] = Counter()
@@ -225,15 +245,16 @@ class BlockManagerModel:
         for token in tokens:
             sequence.append(token)
         found = manager.find_prefix(table, tokens)
-        cached = len(found) * self.block_size
+        cached = found.length * self.block_size
         require(cached < len(tokens), "a hit covers the last token")
         end = min(len(tokens), cached + 1 + self.choose(2 * self.block_size))
-        if not manager.has_room(found, manager.blocks_for(end) - len(found)):
+        growth = manager.blocks_for(end) - found.length
+        if not manager.has_room(found.blocks, growth * len(self.kinds)):
             return
         manager.adopt(table, found)
         self.sequences.append(sequence)
         sequence.computed = sequence.scheduled = cached
-        self.hits += len(found)
+        self.hits += found.length
         require(manager.reserve(table, end), "there was room, and now there is none")
 
     def fork(self) -> None:
@@ -241,21 +262,30 @@ class BlockManagerModel:
         parent = self._pick(self.sequences)
         wanted = self.choose(parent.computed + 2 * self.block_size)
         table = self.manager.fork(parent.table, wanted)
-        require(table.num_tokens == min(wanted, parent.computed), "a fork shares less than there is, or more")
+        require(table.num_tokens == self._reach(parent, wanted), "a fork shares less than there is, or more")
         child = Sequence(parent.tenant, table, table.num_tokens + 1)
         for token in [*parent.tokens[: table.num_tokens], self.choose(NUM_TOKENS)]:
             child.append(token)
         child.computed = child.scheduled = table.num_tokens
         self.sequences.append(child)
 
+    def _reach(self, sequence: Sequence, wanted: int) -> int:
+        """All that there is of it, or nothing where a window reaches back to blocks that are gone."""
+        wanted = min(wanted, sequence.computed)
+        for kind, group in zip(self.kinds, sequence.table.groups, strict=True):
+            if first_visible(kind, wanted) // self.block_size < group.start:
+                return 0
+        return wanted
+
     def truncate(self) -> None:
         """A sequence goes back to somewhere, at any moment, and on from there with another token."""
         sequence = self._pick(self.sequences)
         kept = self.choose(sequence.computed + 1)
+        left = self._reach(sequence, kept)
         self.manager.truncate(sequence.table, kept)
         sequence.epoch += 1
         sequence.spoiled = False
-        sequence.computed = sequence.scheduled = kept
+        sequence.computed = sequence.scheduled = left
         del sequence.tokens[kept:], sequence.content[kept:]
         sequence.append(self.choose(NUM_TOKENS))
         sequence.confirmed = kept + 1
@@ -292,8 +322,7 @@ class BlockManagerModel:
 
     def write_ahead(self) -> None:
         """Full blocks of a sequence that may run are copied before they have to leave."""
-        table = self._pick(self.ready).table
-        full = table.blocks[: table.num_tokens // self.block_size]
+        full = self.manager.full_blocks(self._pick(self.ready).table)
         self.manager.write_ahead(full, 1 + self.choose(3))
 
     def demote(self) -> None:
@@ -338,31 +367,35 @@ class BlockManagerModel:
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         table, manager = sequence.table, self.manager
-        before = len(table.blocks)
-        missing = max(manager.blocks_for(num_tokens) - before, 0) + self._must_copy(sequence)
-        fits = missing <= manager.num_available
+        before = table.end
+        growth = max(manager.blocks_for(num_tokens) - before, 0) * len(self.kinds)
+        fits = growth + self._num_tails_to_copy(sequence) <= manager.num_available
         reserved = manager.reserve(table, num_tokens)
         require(reserved == fits, "a reservation contradicts the room there was")
         wanted = max(before, manager.blocks_for(num_tokens)) if fits else before
-        require(len(table.blocks) == wanted, "a reservation is off")
+        require(all(group.end == wanted for group in table.groups), "a reservation is off")
         return reserved
 
-    def _must_copy(self, sequence: Sequence) -> bool:
-        """Whether another sequence needs, or writes, what this one would overwrite."""
+    def _num_tails_to_copy(self, sequence: Sequence) -> int:
+        """In how many groups another sequence needs, or writes, what this one would overwrite."""
         table = sequence.table
         place, shared = divmod(sequence.computed, self.block_size)
-        if not shared or table.source is not None:
-            return False
-        tail = table.blocks[place]
-        others = [
-            s for s in self.sequences if s is not sequence and tail in (*s.table.blocks, s.table.source)
-        ]
-        if tail.writer is table:
-            return False
-        return tail.writer is not None or any(s.computed > sequence.computed for s in others)
+        if not shared:
+            return 0
+        others = [s for s in self.sequences if s is not sequence]
+        count = 0
+        for group in table.groups:
+            tail = group.blocks[place - group.start]
+            if group.source is None and tail.writer is not table:
+                holders = [s for s in others if tail in s.table.held]
+                count += tail.writer is not None or any(s.computed > sequence.computed for s in holders)
+        return count
 
-    def _slots(self, table: BlockTable) -> list[int]:
-        return [index_of(block.device) for block in table.blocks]
+    def _slots(self, table: BlockTable) -> list[dict[int, int]]:
+        return [
+            {i: index_of(block.device) for i, block in enumerate(group.blocks, group.start)}
+            for group in table.groups
+        ]
 
     def compute(self) -> None:
         """The oldest step that has not computed yet reads what lies before its chunks, and writes them."""
@@ -381,17 +414,23 @@ class BlockManagerModel:
             current = chunk.epoch == chunk.sequence.epoch
             chunk.sequence.spoiled |= step.fails and current
             sound = current and not chunk.sequence.spoiled
-            if sound:
-                require(self._read(chunk.slots, chunk.start) == content[: chunk.start], "a step read garbage")
-            for position in range(chunk.start, chunk.end):
-                slot = device[chunk.slots[position // self.block_size]]
-                slot[position % self.block_size] = content[position] if sound else GARBAGE
+            for group, (kind, slots) in enumerate(zip(self.kinds, chunk.slots, strict=True)):
+                if sound:
+                    seen = range(first_visible(kind, chunk.start), chunk.start)
+                    expected = stored(content[seen.start : seen.stop], group)
+                    require(self._read(slots, seen) == expected, "a step read garbage")
+                for position in range(chunk.start, chunk.end):
+                    slot = device[slots[position // self.block_size]]
+                    value = stored([content[position]], group)[0] if sound else GARBAGE
+                    slot[position % self.block_size] = value
 
     def _chunks(self, sequence: Sequence) -> list[Chunk]:
         return [chunk for step in self.steps for chunk in step.chunks if chunk.sequence is sequence]
 
-    def _read(self, slots: list[int], end: int) -> list[int]:
-        return [value for slot in slots for value in self.transfer.device[slot]][:end]
+    def _read(self, slots: dict[int, int], positions: range) -> list[int]:
+        size, device = self.block_size, self.transfer.device
+        require(all(p // size in slots for p in positions), "a step sees a block that its table let go")
+        return [device[slots[p // size]][p % size] for p in positions]
 
     def collect(self) -> None:
         """The oldest step ends. One that failed is not committed: its sequences are trimmed."""
@@ -420,11 +459,17 @@ class BlockManagerModel:
             del sequence.tokens[sequence.confirmed :], sequence.content[sequence.confirmed :]
             self.manager.trim(sequence.table)
         else:
+            held = [list(enumerate(group.blocks, group.start)) for group in sequence.table.groups]
+            before = [group.start for group in sequence.table.groups]
             self.manager.commit(sequence.table, chunk.end, sequence.tokens[: chunk.end])
-            for place in range(sequence.computed // self.block_size, self.manager.blocks_for(chunk.end)):
-                start = place * self.block_size
-                end = min(start + self.block_size, chunk.end)
-                self.truth[sequence.table.blocks[place]] = sequence.content[start:end]
+            for number, numbered in enumerate(held):
+                for place, block in numbered:
+                    start = place * self.block_size
+                    end = min(start + self.block_size, chunk.end)
+                    if start < end and end > sequence.computed // self.block_size * self.block_size:
+                        self.truth[block] = stored(sequence.content[start:end], number)
+            after = [group.start for group in sequence.table.groups]
+            self.left_behind += sum(after) - sum(before)
             sequence.computed = chunk.end
             sequence.confirmed = max(sequence.confirmed, chunk.end)
 
@@ -519,7 +564,7 @@ class BlockManagerModel:
             if table in truncated:
                 truncated.remove(table)
                 require(table.num_tokens < sequence.computed, "a table is truncated and has lost nothing")
-                require(table.num_tokens == len(table.blocks) * self.block_size, "half a block is left")
+                require(table.num_tokens == table.end * self.block_size, "half a block is left")
                 require(all(c.is_void for c in self._chunks(sequence)), "a running sequence lost blocks")
                 sequence.computed = sequence.scheduled = table.num_tokens
                 self.truncations += 1
@@ -528,22 +573,32 @@ class BlockManagerModel:
 
     def _check_content(self, sequence: Sequence) -> None:
         """Each slot of a table holds what it claims to, up to its ``valid_len``; a ready table all."""
-        size, table, transfer = self.block_size, sequence.table, self.transfer
-        for i, block in enumerate(table.blocks):
-            expected = sequence.content[i * size : min((i + 1) * size, sequence.computed)]
-            if table.source is not None and i == sequence.computed // size:
-                require(block.device is not None and block.device.valid_len == 0, "an unfilled tail counts")
-                block = table.source
-            if table.is_ready:
-                held = transfer.device[index_of(block.device)][: len(expected)]
-                require(held == expected, "a ready table holds garbage")
-            truth = self.truth.get(block, [])
-            require(truth[: len(expected)] == expected, "a table's content is overwritten")
-            for slot, tier in ((block.device, transfer.device), (block.host, transfer.host)):
-                if slot is not None and slot.valid_len:
-                    require(slot.valid_len <= len(truth), "a slot claims too much")
-                    n = slot.valid_len
-                    require(tier[slot.index][:n] == truth[:n], "a slot holds garbage")
+        size, table = self.block_size, sequence.table
+        for number, (kind, group) in enumerate(zip(self.kinds, table.groups, strict=True)):
+            needed = first_visible(kind, sequence.computed) // size
+            require(group.start <= needed, "a group let go of what its next position sees")
+            require(group.start >= needed - 1, "a group holds what its window has long passed")
+            for i, block in enumerate(group.blocks, group.start):
+                content = sequence.content[i * size : min((i + 1) * size, sequence.computed)]
+                if group.source is not None and i == sequence.computed // size:
+                    require(
+                        block.device is not None and block.device.valid_len == 0, "an unfilled tail counts"
+                    )
+                    block = group.source
+                self._check_block(block, stored(content, number), table.is_ready)
+
+    def _check_block(self, block: Block, expected: list[int], is_ready: bool) -> None:
+        transfer = self.transfer
+        if is_ready:
+            held = transfer.device[index_of(block.device)][: len(expected)]
+            require(held == expected, "a ready table holds garbage")
+        truth = self.truth.get(block, [])
+        require(truth[: len(expected)] == expected, "a table's content is overwritten")
+        for slot, tier in ((block.device, transfer.device), (block.host, transfer.host)):
+            if slot is not None and slot.valid_len:
+                require(slot.valid_len <= len(truth), "a slot claims too much")
+                n = slot.valid_len
+                require(tier[slot.index][:n] == truth[:n], "a slot holds garbage")
 
     def _pick(self, items: list[T]) -> T:
         return items[self.choose(len(items))]
@@ -588,6 +643,9 @@ RULES = (
 
 RULES_PER_EPISODE = 2_000
 
+WINDOWS: tuple[tuple[int | None, ...], ...] = ((None,), (None, 3), (None,), (2, 7), (None, None, 5), (4,))
+"""Of the groups of each episode in turn: full attention, as most models have it, and others."""
+
 
 @dataclass
 class Totals:
@@ -597,6 +655,7 @@ class Totals:
     hits: int = 0
     truncations: int = 0
     copies_on_write: int = 0
+    left_behind: int = 0
     seen: Counter[tuple[State, Event, State]] = field(default_factory=Counter)
 
 
@@ -609,11 +668,13 @@ def run_random(num_rules: int, *, walk: bool = True) -> Totals:
     totals, seed = Totals(), 0
     while totals.rules < num_rules:
         rng = random.Random(seed)
+        windows = WINDOWS[seed % len(WINDOWS)]
         model = BlockManagerModel(
             chooser(rng),
+            windows=windows,
             block_size=rng.choice((1, 2, 4)),
-            device_blocks=rng.choice((3, 5, 8, 12)),
-            host_blocks=rng.choice((0, 2, 4, 16)),
+            device_blocks=rng.choice((3, 5, 8, 12)) * len(windows),
+            host_blocks=rng.choice((0, 2, 4, 16)) * len(windows),
             host_ready=rng.choice((None, 0, 1)),
             host_quota=rng.choice((None, 0, 3)),
             walk=walk,
@@ -624,6 +685,7 @@ def run_random(num_rules: int, *, walk: bool = True) -> Totals:
         totals.hits += model.hits
         totals.truncations += model.truncations
         totals.copies_on_write += model.copies_on_write
+        totals.left_behind += model.left_behind
         totals.seen += model.seen
     return totals
 

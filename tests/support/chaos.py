@@ -264,14 +264,16 @@ class Load:
 def random_world(seed: int) -> World:
     """Tiers, limits and faults of every kind and size, all from the seed."""
     rng = random.Random(seed)
+    windows = rng.choice(((None,), (None,), (None, 6), (5,), (None, None, 9), (3, 12)))
     return World(
         seed,
+        windows=windows,
         depth=rng.choice((1, 2)),
         max_num_seqs=rng.choice((1, 4, 8, 32, 32)),
         max_step_tokens=rng.choice((1, 7, 16, 32, 64)),
         block_size=rng.choice((2, 2, 4, 8)),
-        device_blocks=rng.choice((16, 20, 20, 50)),
-        host_blocks=rng.choice((0, 2, 8, 24, 40)),
+        device_blocks=rng.choice((16, 20, 20, 50)) * len(windows),
+        host_blocks=rng.choice((0, 2, 8, 24, 40)) * len(windows),
         park_grace=rng.choice((0.0, 0.01, 0.2)),
         preemption=rng.choice(("auto", "auto", "swap", "recompute")),
         prefix_caching=rng.random() < 0.8,
@@ -290,12 +292,20 @@ def random_world(seed: int) -> World:
 
 def stormy_world(seed: int) -> World:
     """One in which blocks never rest: most of what can go wrong in a swap goes wrong within a few seeds."""
-    late = seed % 2
+    late, windows = seed % 2, ((None,), (None, 7))[seed // 2 % 2]
     faults = Faults(
         copy_delay=0.9 if late else 0.3, copy_haste=0.0 if late else 0.9, copy_repeats=0.5, step_haste=0.0
     )
     return World(
-        seed, max_num_seqs=32, block_size=2, host_blocks=80, park_grace=0.0, preemption="swap", faults=faults
+        seed,
+        max_num_seqs=32,
+        block_size=2,
+        device_blocks=16 * len(windows),
+        host_blocks=80 * len(windows),
+        park_grace=0.0,
+        preemption="swap",
+        windows=windows,
+        faults=faults,
     )
 
 

@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -25,6 +27,7 @@ CHAT_TEMPLATE = (
 
 _ARCHITECTURES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
 }
 
@@ -86,8 +89,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
             truncate=False,
         ),
     },
+    "mistral-window": {"arch": "mistral", "sliding_window": 21},
+    "qwen2-window-of-upper-layers": {
+        "arch": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+        "num_hidden_layers": 4,
+    },
+    "qwen2-window-of-every-other-layer": {
+        "arch": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+    },
 }
-"""Arguments of ``make_checkpoint``: groups of 1, 3 and 6 query heads a KV head, each rope scaling, biases."""
+"""Arguments of ``make_checkpoint``: groups of 1, 3 and 6 query heads a KV head, each rope scaling, biases,
+and windows in all layers or some, shorter than the prompts of most tests."""
 
 
 def make_checkpoint(

@@ -16,6 +16,7 @@ import msgspec
 from tidegate.engine.core import EngineCore
 from tidegate.engine.memory.block import TRANSITIONS, Block, Event, State
 from tidegate.engine.memory.copies import Completion, CopyOp
+from tidegate.engine.memory.groups import KVGroup, longest_sequence
 from tidegate.engine.memory.prefix import BlockHasher
 from tidegate.engine.memory.tiers import BlockManager
 from tidegate.engine.messages import EngineInfo
@@ -32,6 +33,11 @@ POISON = -1
 def chain(parent: int, token: int) -> int:
     """The content of the position behind ``parent`` that holds ``token``."""
     return ((parent * 1_000_003) ^ (token + 7) * 0x9E3779B97F4A7C15) & MASK
+
+
+def stored(context: int, group: int) -> int:
+    """What the layers of a group keep of it: no two groups the same."""
+    return context if context == POISON else context ^ group * 0x5BD1E995
 
 
 def sample(context: int, seed: int, index: int) -> int:
@@ -154,7 +160,8 @@ class FakeTiers:
 class Row:
     setup: RowSetup
     tokens: list[int]
-    blocks: list[int]
+    blocks: list[list[int]]
+    """Of each KV group."""
 
 
 @dataclass
@@ -174,8 +181,16 @@ class FakeStep:
 class FakeRunner:
     """Computes steps in order, each at some moment between its launch and its collection."""
 
-    def __init__(self, tiers: FakeTiers, size: int, rng: random.Random, faults: Faults) -> None:
+    def __init__(
+        self,
+        tiers: FakeTiers,
+        size: int,
+        rng: random.Random,
+        faults: Faults,
+        windows: tuple[int | None, ...] = (None,),
+    ) -> None:
         self._tiers = tiers
+        self._windows = windows
         self._trace = tiers.trace
         self._size = size
         self._rng = rng
@@ -205,9 +220,9 @@ class FakeRunner:
 
     def _compute(self, plan: StepPlan) -> StepResult | Exception:
         for setup in plan.setups:
-            self._rows[setup.row] = Row(setup, list(setup.token_ids), list(setup.block_ids))
-        for row, index, block in plan.new_blocks:
-            blocks = self._rows[row].blocks
+            self._rows[setup.row] = Row(setup, list(setup.token_ids), list(map(list, setup.block_ids)))
+        for row, group, index, block in plan.new_blocks:
+            blocks = self._rows[row].blocks[group]
             del blocks[index:]
             assert index == len(blocks), "a block table has a hole"
             blocks.append(block)
@@ -221,7 +236,8 @@ class FakeRunner:
             context = self._read(row, chunk.start)
             for position in range(chunk.start, chunk.start + chunk.count):
                 context = chain(context, row.tokens[position]) if position < len(row.tokens) else POISON
-                self._tiers.device[row.blocks[position // self._size]][position % self._size] = context
+                for group in range(len(self._windows)):
+                    self._slot(row, group, position)[position % self._size] = stored(context, group)
             if chunk.samples:
                 token = sample(context, row.setup.seed, row.setup.sample_index)
                 finite = self._rng.random() >= self._faults.nonfinite
@@ -232,16 +248,25 @@ class FakeRunner:
                 row.tokens.append(token)
         return result
 
+    def _slot(self, row: Row, group: int, position: int) -> list[int]:
+        return self._tiers.device[row.blocks[group][position // self._size]]
+
     def _read(self, row: Row, length: int) -> int:
-        """All that attention would read, checked position by position."""
+        """All that attention would read, checked position by position in each group."""
         context = 0
+        firsts = [0 if window is None else length + 1 - window for window in self._windows]
         for position in range(length):
-            content = self._tiers.device[row.blocks[position // self._size]][position % self._size]
-            if position >= len(row.tokens) or content != chain(context, row.tokens[position]):
-                # Behind a step that failed the next one computes rubbish, and nobody may use it.
-                assert self._faults.step_fails, f"position {position} of row {row.setup.row} is not its own"
-                return POISON
-            context = content
+            before = context
+            context = chain(before, row.tokens[position]) if position < len(row.tokens) else POISON
+            for group, first in enumerate(firsts):
+                if position < first:
+                    continue
+                content = self._slot(row, group, position)[position % self._size]
+                if context == POISON or content != stored(context, group):
+                    # Behind a step that failed the next one computes rubbish, and nobody may use it.
+                    name = f"position {position} of row {row.setup.row}, group {group},"
+                    assert self._faults.step_fails, f"{name} is not its own"
+                    return POISON
         return context
 
 
@@ -260,6 +285,8 @@ class World:
     preemption: str = "auto"
     prefix_caching: bool = True
     write_ahead: float = 0.01
+    windows: tuple[int | None, ...] = (None,)
+    """Of each KV group."""
     faults: Faults = field(default_factory=Faults)
 
     def __post_init__(self) -> None:
@@ -267,15 +294,22 @@ class World:
         self.clock = Clock()
         self.transitions: set[tuple[State, Event]] = set()
         self.tiers = FakeTiers(self.device_blocks, self.host_blocks, self.block_size, self.rng, self.faults)
+        groups = [KVGroup(window) for window in self.windows]
         self.manager = BlockManager(
             block_size=self.block_size,
             device_blocks=self.device_blocks,
             host_blocks=self.host_blocks,
             transfer=self.tiers,
             hasher=BlockHasher("fake", self.block_size, secret=b"seed") if self.prefix_caching else None,
+            groups=groups,
+            step_tokens=self.max_step_tokens,
             observer=self._observe,
         )
-        self.max_model_len = (self.device_blocks - 1) * self.block_size
+        # With windows alone, sequences may be longer than the device tier.
+        most = 2 * self.device_blocks // len(groups) * self.block_size
+        self.max_model_len = longest_sequence(
+            groups, self.device_blocks - len(groups), most, self.max_step_tokens, self.block_size
+        )
         self.scheduler = Scheduler(
             Limits(
                 max_model_len=self.max_model_len,
@@ -291,7 +325,7 @@ class World:
             bytes_per_second=lambda: self.tiers.bytes_per_second,
             now=self.clock,
         )
-        self.runner = FakeRunner(self.tiers, self.block_size, self.rng, self.faults)
+        self.runner = FakeRunner(self.tiers, self.block_size, self.rng, self.faults, self.windows)
         info = EngineInfo(
             "fake", "Fake", VOCAB, self.max_model_len, [EOS], self.block_size, self.device_blocks,
             self.host_blocks, 256, "fake", "fake", {},

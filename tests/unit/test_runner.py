@@ -1,7 +1,7 @@
 """The step runner: what a sequence gets must not depend on how its steps were cut, batched or overlapped."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -40,7 +40,7 @@ class TinyModel:
         token_ids_T: torch.Tensor,
         positions_T: torch.Tensor,
         pool_NLCKBD: torch.Tensor,
-        batch: AttentionBatch,
+        batches: Sequence[AttentionBatch],
         sample_rows_R: torch.Tensor,
     ) -> torch.Tensor:
         if self.release is not None:
@@ -48,6 +48,7 @@ class TinyModel:
         if self.fail:
             self.fail = False
             raise RuntimeError("planted")
+        (batch,) = batches
         qkv = self.token_qkv[token_ids_T] + self.place_qkv[positions_T]
         kv = BlockLayout.layer(pool_NLCKBD, 1)
         write_kv(qkv[:, 4:6], qkv[:, 6:], kv, batch)
@@ -100,7 +101,7 @@ def setup(
     per_row = BLOCKS // ROWS
     count = per_row if blocks is None else blocks
     ids = [per_row * (row + 1) - 1 - i for i in range(count)]
-    return RowSetup(row, list(tokens), len(tokens), ids, params, seed=row + 11, sample_index=0)
+    return RowSetup(row, list(tokens), len(tokens), [ids], params, seed=row + 11, sample_index=0)
 
 
 def generate(
@@ -173,7 +174,7 @@ def test_each_token_is_the_one_that_follows_all_before_it(model, depth):
     for count, token in enumerate(outputs):
         known = tokens + outputs[:count]
         runner = make_runner(model, 1)
-        resumed = RowSetup(0, known, len(tokens), [9, 3, 5], SEEDED, seed=11, sample_index=0)
+        resumed = RowSetup(0, known, len(tokens), [[9, 3, 5]], SEEDED, seed=11, sample_index=0)
         result = runner.launch(StepPlan(0, [Chunk(0, 0, len(known), True)], [resumed])).result()
         assert result.token_ids == [token]
 
@@ -206,7 +207,7 @@ def test_blocks_added_later_hold_the_tokens_that_follow(tiny, depth):
     runner = make_runner(tiny, depth)
     handles = [runner.launch(StepPlan(0, [Chunk(2, 0, 7, True)], [setup(2, tokens, blocks=1)]))]
     for position in range(7, 20):
-        new_blocks = [(2, position // BLOCK, 40 + position // BLOCK)] if position % BLOCK == 0 else []
+        new_blocks = [(2, 0, position // BLOCK, 40 + position // BLOCK)] if position % BLOCK == 0 else []
         handles.append(runner.launch(StepPlan(position, [Chunk(2, position, 1, True)], [], new_blocks)))
     outputs = [handle.result().token_ids[0] for handle in handles]
     runner.close()
@@ -218,8 +219,8 @@ def test_a_row_goes_on_from_a_block_that_it_shares(tiny, depth):
     runner = make_runner(tiny, depth)
     tokens = prompt(12)
     runner.launch(StepPlan(0, [Chunk(0, 0, 12, False)], [setup(0, tokens, blocks=2)]))
-    blocks = [setup(0, tokens).block_ids[0], 50]
-    copies = [(setup(0, tokens).block_ids[1], 50)]
+    blocks = [[setup(0, tokens).block_ids[0][0], 50]]
+    copies = [(setup(0, tokens).block_ids[0][1], 50)]
     sharer = replace(setup(1, [*tokens, 7]), block_ids=blocks)
     forked = runner.launch(StepPlan(1, [Chunk(1, 12, 1, True)], [sharer], [], copies))
     assert forked.result().token_ids == generate(tiny, {1: [*tokens, 7]}, steps=1)[1]
@@ -269,9 +270,9 @@ def test_steps_without_a_sampling_chunk_give_no_tokens(tiny, depth):
 def test_the_last_position_samples_a_token_that_fits_no_row(tiny, depth):
     """A full sequence yields the token behind its end, and its neighbour's row stays as it was."""
     runner = make_runner(tiny, depth)
-    layout_blocks = list(range(MAX_LEN // BLOCK))
+    layout_blocks = [list(range(MAX_LEN // BLOCK))]
     full = RowSetup(0, prompt(MAX_LEN), MAX_LEN, layout_blocks, GREEDY, 1, 0)
-    other = RowSetup(1, prompt(5, 1), 5, [BLOCKS - 1], GREEDY, 1, 0)
+    other = RowSetup(1, prompt(5, 1), 5, [[BLOCKS - 1]], GREEDY, 1, 0)
     result = runner.launch(StepPlan(0, [Chunk(0, 0, MAX_LEN, True)], [full, other])).result()
     assert len(result.token_ids) == 1
     after = runner.launch(StepPlan(1, [Chunk(1, 0, 5, True)])).result()

@@ -72,7 +72,7 @@ def logits(decoder: Decoder) -> torch.Tensor:
         0, [0, 5], [5], torch.zeros(1, 1, dtype=torch.int32), BlockLayout.layer(pool, 0)
     )
     rows = torch.arange(5)
-    return decoder.forward(torch.tensor([7, 3, 250, 9, 9]), rows, pool, batch, rows)
+    return decoder.forward(torch.tensor([7, 3, 250, 9, 9]), rows, pool, [batch], rows)
 
 
 def refusal(folder: Path) -> str:
@@ -203,7 +203,7 @@ def test_a_config_that_is_no_json_object_is_refused(content: str, says: str, fol
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "architectures 'MistralForCausalLM' is not supported"),
+        ({"architectures": ["MixtralForCausalLM"]}, "architectures 'MixtralForCausalLM' is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures 'LlamaForSequence"),
         ({"architectures": ..., "model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"architectures": ..., "model_type": ...}, "architectures and model_type are missing"),
@@ -216,18 +216,27 @@ def test_a_config_that_is_no_json_object_is_refused(content: str, says: str, fol
         ({"head_dim": 7}, "head_dim 7 is odd"),
         ({"head_dim": None, "hidden_size": 50}, "hidden_size 50 is not a multiple of num_attention_heads 6"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 1}, r"`\$.sliding_window`"),
+        (
+            {"architectures": ["MistralForCausalLM"], "layer_types": ["full_attention"] * 3},
+            "layer_types is not supported for MistralForCausalLM",
+        ),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention", "chunked_attention"]},
+            "layer_types 'chunked_attention' is not supported",
+        ),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention"] * 2},
+            "layer_types names 2 layers and num_hidden_layers is 3",
+        ),
         (
             {
                 "architectures": ["Qwen2ForCausalLM"],
-                "use_sliding_window": True,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+                "use_sliding_window": False,
                 "sliding_window": 64,
-                "max_window_layers": 1,
             },
-            "use_sliding_window with sliding_window 64 is not supported",
-        ),
-        (
-            {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention", "sliding_attention"]},
-            "layer_types 'sliding_attention' is not supported",
+            "layer_types has 'sliding_attention' without a window",
         ),
     ],
 )
@@ -241,18 +250,33 @@ def test_what_the_decoder_does_not_do_is_refused_by_its_key(
     assert "\n" not in str(error.value)
 
 
-def test_a_sliding_window_that_no_layer_uses_is_no_obstacle(folder: Path) -> None:
-    """As Qwen2.5 has it: a window in the config, switched off."""
-    edit_config(
-        folder,
-        architectures=["Qwen2ForCausalLM"],
-        use_sliding_window=False,
-        sliding_window=64,
-        max_window_layers=0,
-    )
-    assert read_config(folder).qkv_bias
-    edit_config(folder, use_sliding_window=True, max_window_layers=3)
-    assert read_config(folder).num_layers == 3
+@pytest.mark.parametrize(
+    ("keys", "windows"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 64}, (None,) * 3),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 64}, (64,) * 3),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, (None,) * 3),
+        ({"architectures": ["MistralForCausalLM"]}, (4096,) * 3),
+        ({"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 0}, (None,) * 3),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}, (None,) * 3),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, (None, 64, 64)),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, (None,) * 3),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 64,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+            (64, None, 64),
+        ),
+    ],
+)
+def test_each_layer_has_the_window_that_transformers_gives_it(
+    keys: dict[str, Any], windows: tuple[int | None, ...], folder: Path
+) -> None:
+    """Mistral has it everywhere, and by default; Qwen2 where it is switched on, in the layers named."""
+    edit_config(folder, **{"architectures": ["Qwen2ForCausalLM"], **keys})
+    assert read_config(folder).windows == windows
 
 
 def test_a_folder_without_weights_says_what_it_looked_for(folder: Path) -> None:

@@ -65,7 +65,7 @@ def test_the_host_tier_is_used_as_far_as_it_is_ready() -> None:
         ready[0] = num_ready
         manager.poll()
         table = manager.new_table("t")
-        manager.adopt(table, [])
+        manager.adopt(table, manager.find_prefix(table, [1, 2, 3, 4]))
         manager.reserve(table, 4)
         manager.commit(table, 4, [1, 2, 3, 4])
         manager.suspend(table)

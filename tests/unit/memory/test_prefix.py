@@ -2,6 +2,7 @@
 
 import pytest
 
+from tidegate.engine.memory.groups import FULL_ATTENTION, KVGroup
 from tidegate.engine.memory.prefix import KEY_BYTES, BlockHasher, PrefixIndex
 
 SIZE = 4
@@ -75,21 +76,47 @@ def test_keys_have_128_bits(hasher: BlockHasher) -> None:
 
 
 def test_the_first_block_under_a_key_stays() -> None:
-    index: PrefixIndex[str] = PrefixIndex()
-    assert index.add(b"k", "first")
-    assert not index.add(b"k", "second")
-    assert index.add(b"k", "first")
-    assert index.get(b"k") == "first"
+    index: PrefixIndex[str] = PrefixIndex(FULL_ATTENTION, SIZE)
+    assert index.add(0, b"k", "first")
+    assert not index.add(0, b"k", "second")
+    assert index.add(0, b"k", "first")
+    assert index.get(0, b"k") == "first"
     assert index.values() == ["first"]
 
 
 def test_the_longest_run_ends_at_the_first_gap() -> None:
-    index: PrefixIndex[str] = PrefixIndex()
+    index: PrefixIndex[str] = PrefixIndex(FULL_ATTENTION, SIZE)
     for key in (b"0", b"1", b"3"):
-        index.add(key, key.decode())
-    assert index.longest([b"0", b"1", b"2", b"3"]) == ["0", "1"]
-    assert index.longest([b"2", b"3"]) == []
-    assert index.longest([]) == []
-    index.remove(b"0")
-    assert index.longest([b"0", b"1"]) == []
+        index.add(0, key, key.decode())
+    assert index.longest([b"0", b"1", b"2", b"3"]).blocks == ["0", "1"]
+    assert index.longest([b"2", b"3"]).blocks == []
+    assert index.longest([]).blocks == []
+    index.remove(0, b"0")
+    assert index.longest([b"0", b"1"]).blocks == []
     assert len(index) == 2
+
+
+def test_a_window_asks_for_what_it_sees_and_no_more() -> None:
+    """The prefix ends where everything that some group needs behind it is known, however much lies before."""
+    kinds = (KVGroup(), KVGroup(window=2 * SIZE + 1))
+    keys = [bytes([i]) for i in range(6)]
+    index: PrefixIndex[str] = PrefixIndex(kinds, SIZE)
+    for i in range(6):
+        index.add(0, keys[i], f"full {i}")
+    assert index.longest(keys).length == 0
+    for i in (0, 1, 3, 4):
+        index.add(1, keys[i], f"window {i}")
+    found = index.longest(keys)
+    assert (found.length, found.groups[1]) == (5, ["window 3", "window 4"])
+    assert list(found.numbered())[5:] == [(3, "window 3"), (4, "window 4")]
+    index.remove(1, keys[4])
+    assert index.longest(keys).groups == (["full 0", "full 1"], ["window 0", "window 1"])
+    index.remove(0, keys[1])
+    assert index.longest(keys).groups == (["full 0"], ["window 0"])
+
+
+def test_groups_know_the_same_key_apart() -> None:
+    index: PrefixIndex[str] = PrefixIndex((KVGroup(), KVGroup(window=8)), SIZE)
+    assert index.add(0, b"k", "full")
+    assert index.add(1, b"k", "window")
+    assert (index.get(0, b"k"), index.get(1, b"k"), len(index)) == ("full", "window", 2)

@@ -35,7 +35,7 @@ class Rig:
     def admit(self, tokens: Sequence[int], tenant: str = "t") -> BlockTable:
         table = self.manager.new_table(tenant)
         found = self.manager.find_prefix(table, tokens)
-        assert self.manager.has_room(found, self.manager.blocks_for(len(tokens)) - len(found))
+        assert self.manager.has_room(found.blocks, self.manager.num_to_come(table, found, len(tokens)))
         self.manager.adopt(table, found)
         self.tables.append(table)
         return table
@@ -92,23 +92,23 @@ def test_a_hit_is_full_blocks_and_never_the_last_token() -> None:
     rig = Rig(8, 0)
     rig.run([1, 2, 3, 4, 5])
     other = rig.manager.new_table("t")
-    assert len(rig.manager.find_prefix(other, [1, 2, 3, 4, 6])) == 2
-    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4])) == 1
-    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3])) == 1
-    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2]) == []
-    assert rig.manager.find_prefix(rig.manager.new_table("t"), [9, 2, 3, 4, 5]) == []
+    assert rig.manager.find_prefix(other, [1, 2, 3, 4, 6]).length == 2
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4]).length == 1
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3]).length == 1
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2]).blocks == []
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [9, 2, 3, 4, 5]).blocks == []
 
 
 def test_another_tenant_hits_nothing() -> None:
     rig = Rig(8, 0)
     rig.run([1, 2, 3, 4, 5])
-    assert rig.manager.find_prefix(rig.manager.new_table("u"), [1, 2, 3, 4, 5]) == []
+    assert rig.manager.find_prefix(rig.manager.new_table("u"), [1, 2, 3, 4, 5]).blocks == []
 
 
 def test_without_a_hasher_nothing_is_shared_or_kept() -> None:
     rig = Rig(4, 0, caches=False)
     rig.release(rig.run([1, 2, 3, 4, 5]))
-    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5]) == []
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5]).blocks == []
     assert rig.manager.device.num_free == 4
     rig.check()
 
@@ -119,7 +119,7 @@ def test_uncommitted_positions_are_no_prefix() -> None:
     table = rig.admit([1, 2, 3, 4, 5])
     rig.manager.reserve(table, 5)
     rig.launch(table)
-    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5]) == []
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5]).blocks == []
 
 
 def test_shared_blocks_take_room_once_and_stay_until_the_last_holder_goes() -> None:
@@ -140,7 +140,7 @@ def test_of_kept_prefixes_the_tail_goes_first_and_the_head_serves_on() -> None:
     rig.release(rig.run([1, 2, 3, 4, 5]))
     assert rig.manager.device.num_free == 2
     rig.run([7, 7, 7, 7, 7])
-    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5])) == 1
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5]).length == 1
     rig.check()
 
 
@@ -148,7 +148,7 @@ def test_a_kept_prefix_is_not_counted_as_room_beside_itself() -> None:
     """Its slots cannot be both adopted and taken."""
     rig = Rig(4, 0)
     rig.release(rig.run([1, 2, 3, 4, 5]))
-    found = rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5])
+    found = rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5]).blocks
     assert rig.manager.has_room(found, 2)
     assert not rig.manager.has_room(found, 3)
     assert rig.manager.has_room([], 4)
@@ -371,7 +371,7 @@ def test_a_failed_load_falls_back_for_all_who_wait_for_it() -> None:
     rig.check()
     rig.copy_all()
     assert first.is_ready
-    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5])) == 1
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5]).length == 1
     rig.check()
 
 
@@ -440,7 +440,7 @@ def test_kept_prefixes_are_evicted_before_parked_blocks() -> None:
     rig.release(rig.run([7, 7]))
     rig.run([8, 8, 8])
     assert states(parked) == [State.CLEAN]
-    assert rig.manager.find_prefix(rig.manager.new_table("t"), [7, 7, 7]) == []
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [7, 7, 7]).blocks == []
 
 
 def test_the_host_tier_drops_prefixes_and_mirrors_before_anything_parked() -> None:
@@ -640,8 +640,8 @@ def test_a_table_is_cut_to_fewer_positions_and_goes_on_from_there() -> None:
     assert rig.manager.device.num_free == 6
     rig.check()
     rig.compute(table, [1, 2, 3, 9, 9])
-    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 9, 9])) == 2
-    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 9])) == 1
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 9, 9]).length == 2
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 9]).length == 1
     rig.check()
 
 
@@ -653,7 +653,7 @@ def test_others_keep_what_one_of_them_is_cut_short_of() -> None:
     rig.compute(table, [1, 2, 3, 9])
     assert table.blocks[0] is other.blocks[0]
     assert table.blocks[1] is not other.blocks[1]
-    assert len(rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5])) == 2
+    assert rig.manager.find_prefix(rig.manager.new_table("t"), [1, 2, 3, 4, 5]).length == 2
     rig.check()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from block_manager_model import RULES, BlockManagerModel, Rule, Violation
+from block_manager_model import RULES, WINDOWS, BlockManagerModel, Rule, Violation
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -30,14 +30,23 @@ class BlockManagerMachine(RuleBasedStateMachine):
         device_blocks=st.sampled_from((3, 5, 8)),
         host_blocks=st.sampled_from((0, 2, 4)),
         host_quota=st.sampled_from((None, 0, 2)),
+        windows=st.sampled_from(WINDOWS),
     )
-    def build(self, block_size: int, device_blocks: int, host_blocks: int, host_quota: int | None) -> None:
+    def build(
+        self,
+        block_size: int,
+        device_blocks: int,
+        host_blocks: int,
+        host_quota: int | None,
+        windows: tuple[int | None, ...],
+    ) -> None:
         self.model = BlockManagerModel(
             lambda n: 0,
             block_size=block_size,
-            device_blocks=device_blocks,
-            host_blocks=host_blocks,
+            device_blocks=device_blocks * len(windows),
+            host_blocks=host_blocks * len(windows),
             host_quota=host_quota,
+            windows=windows,
         )
 
     def apply(self, method: Callable[[BlockManagerModel], None], data: st.DataObject) -> None:

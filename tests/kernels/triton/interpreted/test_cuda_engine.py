@@ -132,6 +132,40 @@ def test_news_too_long_for_a_packet_go_in_several():
         inbox.put(np.zeros(101, np.int32))
 
 
+def test_windows_in_some_layers_have_block_tables_of_their_own(tmp_path):
+    """Past the window, under preemption, with a shared prefix: the tokens are those of the CPU."""
+    folder = make_checkpoint(
+        tmp_path,
+        "qwen2",
+        num_hidden_layers=2,
+        use_sliding_window=True,
+        sliding_window=18,
+        layer_types=["sliding_attention", "full_attention"],
+        hidden_size=32,
+        head_dim=16,
+        num_attention_heads=4,
+        intermediate_size=32,
+    )
+    shared = [5 + i % 7 for i in range(40)]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    prompts = [[*shared, 9], [3, 4], [*shared, 33, 44]]
+    asked = [
+        Request(id=f"r{i}", prompt_token_ids=prompt, params=params, seed=i)
+        for i, prompt in enumerate(prompts)
+    ]
+    options = {"block_size": 16, "max_model_len": MAX_LEN, **OPTIONS}
+    on_cpu = build_engine(config_for(str(folder), device="cpu", **options))
+    expected = drive(on_cpu, asked).tokens
+    on_cpu.close()
+    core = cuda_engine(folder, FakeCuda(1), preemption="swap", **OPTIONS)
+    got = drive(core, asked[:2], preempting_every(4)).tokens | drive(core, asked[2:]).tokens
+    stats = core.stats()
+    core.close()
+    assert got == expected
+    assert stats.preemptions_swap > 0
+    assert stats.prefix_hit_tokens > 0
+
+
 def test_steps_that_find_no_memory_are_cut_until_they_do(folder, monkeypatch):
     """The tokens stay the same; a step of one token that finds none is its sequence's own fault."""
     expected = tokens_of(cuda_engine(folder, FakeCuda(0), **OPTIONS))
