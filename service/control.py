@@ -17,7 +17,7 @@ from tidegate.service.errors import Failure
 from tidegate.service.hub import Hub, draining
 from tidegate.service.identity import Role, caller
 from tidegate.service.intake import check_model, seconds
-from tidegate.service.session_limits import SessionLimits
+from tidegate.service.sessions import Sessions
 from tidegate.v1 import control_pb2, control_pb2_grpc
 
 MIN_INTERVAL = 0.01
@@ -26,10 +26,10 @@ MAX_SEQUENCES = 1000
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
-    def __init__(self, hub: Hub, text: Text, limits: SessionLimits, fingerprint: str) -> None:
+    def __init__(self, hub: Hub, text: Text, sessions: Sessions, fingerprint: str) -> None:
         self._hub = hub
         self._text = text
-        self._limits = limits
+        self._sessions = sessions
         self._fingerprint = fingerprint
         self._incarnation = uuid.uuid4().hex
         self._started_at = Timestamp()
@@ -44,7 +44,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             incarnation=self._incarnation,
             started_at=self._started_at,
             draining=self._hub.is_draining,
-            session_limits=self._limits.message(),
+            session_limits=self._sessions.limits.message(),
             max_waiting=admission.max_waiting,
             max_waiting_tokens=admission.max_waiting_tokens,
             tenant_requests=admission.tenant_requests,
@@ -119,12 +119,23 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             return None
         return generation.request_id
 
+    async def ListSessions(
+        self, request: control_pb2.ListSessionsRequest, context: object
+    ) -> control_pb2.ListSessionsResponse:
+        sessions = self._sessions.of(_tenant(request))
+        return control_pb2.ListSessionsResponse(sessions=[session.state() for session in sessions])
+
     async def Abort(self, request: control_pb2.AbortRequest, context: object) -> control_pb2.AbortResponse:
-        tenant = request.tenant if request.HasField("tenant") else caller().tenant
-        if tenant != caller().tenant and caller().role is not Role.ROUTER:
-            raise Failure("TENANT_NOT_ALLOWED", "only a router may name another tenant")
-        generation = self._hub.find(tenant, request.request_id)
+        generation = self._hub.find(_tenant(request), request.request_id)
         if generation is None:
             return control_pb2.AbortResponse(aborted=False)
         generation.cancel()
         return control_pb2.AbortResponse(aborted=True)
+
+
+def _tenant(request: control_pb2.AbortRequest | control_pb2.ListSessionsRequest) -> str:
+    """Whom a request is about. Raises ``Failure`` where the caller may not name another tenant."""
+    tenant = request.tenant if request.HasField("tenant") else caller().tenant
+    if tenant != caller().tenant and caller().role is not Role.ROUTER:
+        raise Failure("TENANT_NOT_ALLOWED", "only a router may name another tenant")
+    return tenant

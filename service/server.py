@@ -127,7 +127,7 @@ async def start_server(
         InferenceService(text, intake, sessions), registry
     )
     control_pb2_grpc.add_ControlServiceServicer_to_server(
-        ControlService(hub, text, listener.limits, fingerprint), registry
+        ControlService(hub, text, sessions, fingerprint), registry
     )
     drain_asked: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
     admin_pb2_grpc.add_AdminServiceServicer_to_server(

@@ -20,7 +20,7 @@ from tidegate.service.identity import caller
 from tidegate.service.intake import Intake, digest
 from tidegate.service.leases import Origin
 from tidegate.service.session_limits import SessionLimits
-from tidegate.v1 import session_pb2
+from tidegate.v1 import control_pb2, session_pb2
 from tidegate.v1.session_pb2 import SessionRequest, SessionResponse
 
 UNREAD_REFUSALS = 1000
@@ -38,6 +38,8 @@ class Session:
         self.tenant = caller().tenant
         self.delivery: Delivery | None = None
         """Of the stream that carries it."""
+        self.opened_at = time.time_ns()
+        """Nanoseconds since the epoch."""
         self.heard_at = time.monotonic()
         """When the client last said something."""
         self.is_closing = False
@@ -96,6 +98,17 @@ class Session:
             generation.abandon()
             generation.join(None, None, None)
         self._requests.clear()
+
+    def state(self) -> control_pb2.SessionState:
+        """For those who look from outside."""
+        state = control_pb2.SessionState(
+            connected=self.delivery is not None,
+            unacked_requests=len(self._requests) + len(self._refused),
+            running_requests=sum(not generation.is_ended for generation in self._requests.values()),
+            unacked_log_bytes=self._pool.used,
+        )
+        state.opened_at.FromNanoseconds(self.opened_at)
+        return state
 
     @property
     def is_idle(self) -> bool:

@@ -57,6 +57,10 @@ class Sessions:
         finally:
             self._part(session, delivery)
 
+    def of(self, tenant: str) -> list[Session]:
+        """The oldest first."""
+        return [session for session in self._sessions.values() if session.tenant == tenant]
+
     def go_away(self, grace: float) -> None:
         """Tell every session that the server will stop in so many seconds."""
         self._grace = grace

@@ -201,6 +201,16 @@ class AsyncClient:
         except grpc.aio.AioRpcError as failure:
             raise error_from_rpc(failure) from None
 
+    async def list_sessions(self, *, timeout: float | None = None) -> list[control_pb2.SessionState]:
+        """The caller's sessions at the server, the oldest first, also those that wait to be resumed."""
+        request = control_pb2.ListSessionsRequest()
+        answer = await call_with_retries(
+            lambda left: self._control.ListSessions(request, timeout=left, metadata=self._metadata),
+            self._retries,
+            timeout,
+        )
+        return list(answer.sessions)
+
     async def abort(self, request_id: str, *, timeout: float | None = None) -> bool:
         """End one of the caller's requests, whatever started it; whether it was under way."""
         request = control_pb2.AbortRequest(request_id=request_id)

@@ -338,6 +338,10 @@ class Client:
         """What the two tiers hold at this moment, and the sequences in the engine."""
         return self._loop.run(self._client.inspect(timeout=timeout))
 
+    def list_sessions(self, *, timeout: float | None = None) -> list[control_pb2.SessionState]:
+        """The caller's sessions at the server, the oldest first, also those that wait to be resumed."""
+        return self._loop.run(self._client.list_sessions(timeout=timeout))
+
     def abort(self, request_id: str, *, timeout: float | None = None) -> bool:
         return self._loop.run(self._client.abort(request_id, timeout=timeout))
 

@@ -1,16 +1,17 @@
 """Sessions that lose their stream, requests that are asked for twice, and what must be acknowledged."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
 import grpc
 import pytest
-from front import Front, SessionClient, open_session, read_error, read_status, until
+from front import SECONDS, Front, SessionClient, open_session, read_error, read_status, until
 
 from tidegate.engine.messages import Submit
 from tidegate.service.session_limits import SessionLimits
-from tidegate.v1 import events_pb2
+from tidegate.v1 import control_pb2, events_pb2
 
 Start = Callable[..., Any]
 
@@ -308,3 +309,30 @@ async def test_a_slow_readers_logs_and_texts_stay_below_64_kb(front: Front) -> N
     for index in range(30):
         assert session.text(f"r{index}") == front.engine.expected(f"prompt {index}", 500)
     assert not [kind for kind in session.progress("r0") if kind == events_pb2.PROGRESS_KIND_DROPPED]
+
+
+async def test_a_tenants_sessions_are_listed_with_and_without_their_stream(start_front: Start) -> None:
+    async def listed() -> list[Any]:
+        sessions = (await front.control.ListSessions(control_pb2.ListSessionsRequest())).sessions
+        return [(s.connected, s.unacked_requests, s.running_requests) for s in sessions]
+
+    front = await start_front(limits=limits(resume_timeout=0.5))
+    assert await listed() == []
+    first, second = await open_session(front), await open_session(front)
+    await first.send(start=start("ended", max_tokens=3))
+    await first.next("finished")
+    await first.send(start=start("waits", credit=2))
+    await first.next("progress")
+    assert await listed() == [(True, 2, 1), (True, 0, 0)]
+    (state, _) = (await front.control.ListSessions(control_pb2.ListSessionsRequest())).sessions
+    assert 0 <= time.time() - state.opened_at.ToNanoseconds() / 1e9 < 60
+    assert state.unacked_log_bytes > 0
+    assert first.seen[0].opened.resume_token not in str(state)
+    await first.send(ack={"request_id": "ended", "upto": 3, "end": True})
+    for expected in ([(True, 1, 1), (True, 0, 0)], [(False, 1, 1), (True, 0, 0)], [(True, 0, 0)]):
+        async with asyncio.timeout(SECONDS):
+            while await listed() != expected:  # noqa: ASYNC110  nobody tells of it
+                await asyncio.sleep(0.01)
+        first.call.cancel()
+    await second.send(close={})
+    await second.rest()

@@ -195,6 +195,28 @@ async def test_abort_reaches_the_callers_own_requests_and_a_router_those_of_othe
     assert (await call).finished.choices[0].output_tokens == 0
 
 
+async def test_a_tenant_lists_its_own_sessions_and_a_router_those_of_others(
+    start_front: Start, tokens: SecurityConfig
+) -> None:
+    front = await start_front(security=load_security(tokens))
+    session = SessionClient(front.inference.Session(metadata=bearer(ALICE)))
+    await session.send(open={})
+    await session.next("opened")
+
+    async def number(token: str, **fields: Any) -> int:
+        request = control_pb2.ListSessionsRequest(**fields)
+        return len((await front.control.ListSessions(request, metadata=bearer(token))).sessions)
+
+    assert [await number(token) for token in (ALICE, BOB, ROUTER)] == [1, 0, 0]
+    assert await number(ROUTER, tenant="alice") == 1
+    request = control_pb2.ListSessionsRequest(tenant="alice")
+    refusal = await refusal_of(front.control.ListSessions(request, metadata=bearer(BOB)))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "TENANT_NOT_ALLOWED")
+    await session.send(close={})
+    await session.rest()
+    assert await number(ALICE) == 0
+
+
 # --- signed tokens ----------------------------------------------------------------------------------------
 
 
