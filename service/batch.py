@@ -7,7 +7,6 @@ line that is answered already is not run again: a batch that was cut off goes on
 
 import argparse
 import asyncio
-import contextlib
 import json
 import sys
 import time
@@ -20,8 +19,9 @@ from typing import Any, TextIO, cast
 from tqdm import tqdm
 
 from tidegate.engine.config import ConfigError
-from tidegate.service.client import DEFAULT_TARGET, AsyncClient, Options, Response, TidegateError
-from tidegate.service.launch import private_server
+from tidegate.service import connection
+from tidegate.service.client import AsyncClient, Options, Response, TidegateError
+from tidegate.service.connection import Credentials
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 SAME = ("max_tokens", "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty")
@@ -44,16 +44,7 @@ Json = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", type=Path, metavar="IN", help="a file of requests, one JSON object a line")
     parser.add_argument("output", type=Path, metavar="OUT", help="gets the answers; those in it are kept")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--server",
-        default=DEFAULT_TARGET,
-        metavar="ADDRESS",
-        help=f"HOST:PORT or unix:PATH of a running server (default: {DEFAULT_TARGET})",
-    )
-    source.add_argument(
-        "--model", metavar="MODEL", help="no server: run this checkpoint for this batch alone"
-    )
+    connection.add_source_arguments(parser, "batch")
     parser.add_argument(
         "--concurrency", type=int, default=256, metavar="C", help="requests under way at once (default: 256)"
     )
@@ -65,12 +56,12 @@ def run(args: argparse.Namespace) -> int:
     if args.concurrency < 1:
         raise ConfigError(f"concurrency must be at least 1; got {args.concurrency}")
     jobs = _read(args.input, _answered(args.output))
-    with contextlib.ExitStack() as stack:
-        target = args.server
-        if jobs and args.model is not None:
-            target = stack.enter_context(private_server([args.model]))
-        output = stack.enter_context(args.output.open("a", encoding="utf-8"))
-        failures = asyncio.run(_run_all(jobs, target, args.concurrency, output))
+    credentials = connection.credentials(args)
+    failures = 0
+    with args.output.open("a", encoding="utf-8") as output:
+        if jobs:
+            with connection.server_of(args) as address:
+                failures = asyncio.run(_run_all(jobs, address, credentials, args.concurrency, output))
     sys.stderr.write(f"{len(jobs) - failures} answered, {failures} failed: {args.output}\n")
     return 1 if failures else 0
 
@@ -90,12 +81,14 @@ class Job:
     fault: str | None = None
 
 
-async def _run_all(jobs: list[Job], target: str, concurrency: int, output: TextIO) -> int:
+async def _run_all(
+    jobs: list[Job], address: str, credentials: Credentials, concurrency: int, output: TextIO
+) -> int:
     """Run what can be run, write each answer when it is there; how many failed."""
     failures = 0
     waiting = iter(jobs)
     with tqdm(total=len(jobs), unit="request", disable=not sys.stderr.isatty()) as progress:
-        async with AsyncClient(target) as client:
+        async with AsyncClient(address, **credentials) as client:
 
             async def work() -> None:
                 nonlocal failures

@@ -21,7 +21,8 @@ from rich.table import Table
 import tidegate
 from tidegate.engine.config import DTYPES, PREEMPTIONS
 from tidegate.engine.logging import configure_logging
-from tidegate.service.client import DEFAULT_TARGET, AsyncClient, Session, TidegateError
+from tidegate.service import connection
+from tidegate.service.client import AsyncClient, Session, TidegateError
 
 WARM_UP_TOKENS = 8
 PERCENTILES = (50, 90, 99)
@@ -47,12 +48,7 @@ def add_offline_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--server",
-        default=DEFAULT_TARGET,
-        metavar="ADDRESS",
-        help=f"HOST:PORT or unix:PATH of a running server (default: {DEFAULT_TARGET})",
-    )
+    connection.add_server_argument(parser)
     _add_work(parser)
     load = parser.add_mutually_exclusive_group()
     load.add_argument(
@@ -138,7 +134,7 @@ def serve(args: argparse.Namespace) -> int:
 
 
 async def _serve(args: argparse.Namespace) -> int:
-    async with AsyncClient(args.server) as client:
+    async with AsyncClient(args.server, **connection.credentials(args)) as client:
         model = await client.model_info()
         prompts = _prompts(args, model.vocab_size)
         async with client.session() as session:

@@ -190,6 +190,8 @@ def _explained(error: Exception, args: argparse.Namespace) -> str:
     if isinstance(error, TidegateError) and error.violations:
         return "; ".join(f"{violation.field}: {violation.description}" for violation in error.violations)
     if isinstance(error, Unavailable) and not error.reason and "server" in args:
+        if args.tls_ca is not None:
+            return f"no server answers at {args.server} with TLS: {error}"
         return f"no server answers at {args.server}; start one with: tidegate serve demo"
     return str(error)
 

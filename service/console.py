@@ -5,22 +5,22 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from tidegate.service.client import DEFAULT_TARGET, BlockingStream, Client, Options, TidegateError
-from tidegate.service.launch import private_server
+from tidegate.service import connection
+from tidegate.service.client import BlockingStream, Client, Options, TidegateError
 
 CHAT_HELP = "Ctrl-C stops an answer, Ctrl-D ends the chat.\n"
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from stdin")
-    _add_source(parser)
+    connection.add_source_arguments(parser, "command")
     _add_sampling(parser)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     parser.set_defaults(run=generate)
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
+    connection.add_source_arguments(parser, "command")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     _add_sampling(parser)
     parser.set_defaults(run=chat)
@@ -93,19 +93,6 @@ def _read_line(is_terminal: bool) -> str | None:
             _note("\n" + CHAT_HELP)
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--server",
-        default=DEFAULT_TARGET,
-        metavar="ADDRESS",
-        help=f"HOST:PORT or unix:PATH of a running server (default: {DEFAULT_TARGET})",
-    )
-    source.add_argument(
-        "--model", metavar="MODEL", help="no server: run this checkpoint for this command alone"
-    )
-
-
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="output tokens at most (default: what the context holds)"
@@ -134,13 +121,11 @@ def _sampling(args: argparse.Namespace) -> Options:
 @contextlib.contextmanager
 def _connected(args: argparse.Namespace) -> Iterator[Client]:
     """A client of the server named, or of one that lives as long as this context."""
-    with contextlib.ExitStack() as stack:
-        target = args.server
-        if args.model is not None:
-            if sys.stderr.isatty():
-                _note(f"loading {args.model}...\n")
-            target = stack.enter_context(private_server([args.model]))
-        yield stack.enter_context(Client(target))
+    with (
+        connection.server_of(args) as address,
+        Client(address, **connection.credentials(args)) as client,
+    ):
+        yield client
 
 
 def _write(text: str) -> None:

@@ -1,10 +1,13 @@
 """How the server's addresses are protected: TLS, client certificates, tokens. Nothing falls back to less."""
 
+import contextlib
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
+import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -17,6 +20,11 @@ from tidegate.service.credentials import (
     read_file,
     read_secret,
 )
+
+RENEWAL_SECONDS = 1.0
+"""So often, at the most, a handshake looks whether the files have changed."""
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,23 +85,71 @@ def load_security(config: SecurityConfig) -> Security:
 def _server_credentials(config: SecurityConfig) -> grpc.ServerCredentials | None:
     if config.tls_cert is None or config.tls_key is None:
         return None
-    chain, key = read_file("tls_cert", config.tls_cert), read_secret("tls_key", config.tls_key)
-    certificate, *_ = _certificates("tls_cert", config.tls_cert, chain)
-    try:
-        private_key = load_pem_private_key(key.encode(), password=None)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"tls_key {config.tls_key}: no private key in PEM without a password") from error
-    if private_key.public_key() != certificate.public_key():
-        raise ConfigError(f"tls_key {config.tls_key} is not the key of the certificate {config.tls_cert}")
-    client_ca = None
-    if config.tls_client_ca is not None:
-        client_ca = read_file("tls_client_ca", config.tls_client_ca)
-        _certificates("tls_client_ca", config.tls_client_ca, client_ca)
-    return grpc.ssl_server_credentials(
-        [(key.encode(), chain.encode())],
-        root_certificates=None if client_ca is None else client_ca.encode(),
-        require_client_auth=client_ca is not None,
+    files = _TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+    return grpc.dynamic_ssl_server_credentials(
+        files.read(),
+        files.renewed,  # type: ignore[arg-type]  # the stubs forget that None is "as before"
+        require_client_authentication=config.tls_client_ca is not None,
     )
+
+
+class _TlsFiles:
+    """A certificate, its key and the clients' authority, taken up anew when their files change.
+
+    Certificates live for weeks, some for hours, and a server for months. What was negotiated stays; the next
+    handshake gets the new ones.
+    """
+
+    def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
+        self._cert, self._key, self._client_ca = cert, key, client_ca
+        self._seen: list[tuple[int, int]] = []
+        self._looked_at = float("-inf")
+
+    def read(self) -> grpc.ServerCertificateConfiguration:
+        """Raises ``ConfigError`` where they cannot work."""
+        self._seen = self._stamps()
+        chain, key = read_file("tls_cert", self._cert), read_secret("tls_key", self._key)
+        certificate, *_ = _certificates("tls_cert", self._cert, chain)
+        try:
+            private_key = load_pem_private_key(key.encode(), password=None)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"tls_key {self._key}: no private key in PEM without a password") from error
+        if private_key.public_key() != certificate.public_key():
+            raise ConfigError(f"tls_key {self._key} is not the key of the certificate {self._cert}")
+        client_ca = None
+        if self._client_ca is not None:
+            client_ca = read_file("tls_client_ca", self._client_ca)
+            _certificates("tls_client_ca", self._client_ca, client_ca)
+        return grpc.ssl_server_certificate_configuration(
+            [(key.encode(), chain.encode())], None if client_ca is None else client_ca.encode()
+        )
+
+    def renewed(self) -> grpc.ServerCertificateConfiguration | None:
+        """What holds from this handshake on; None: what held before. Called in a thread of gRPC's."""
+        now = time.monotonic()
+        if now - self._looked_at < RENEWAL_SECONDS:
+            return None
+        self._looked_at = now
+        if self._stamps() == self._seen:
+            return None
+        try:
+            configuration = self.read()
+        except (ConfigError, OSError) as error:
+            # Half written, perhaps: the next change of a file brings another try.
+            _log.warning("tls files stay as they were", reason=str(error))
+            return None
+        _log.info("tls files renewed")
+        return configuration
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        """They change when a file does; a volume of Kubernetes puts a link to another file in its place."""
+        stamps = []
+        for path in (self._cert, self._key, self._client_ca):
+            if path is not None:
+                with contextlib.suppress(OSError):
+                    stat = path.stat()
+                    stamps.append((stat.st_ino, stat.st_mtime_ns))
+        return stamps
 
 
 def _certificates(name: str, path: Path, text: str) -> list[x509.Certificate]:

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tidegate.service import connection
 from tidegate.service.client import DEFAULT_TARGET, Client
 from tidegate.v1 import control_pb2
 
@@ -35,12 +36,9 @@ STATES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "server",
-        nargs="?",
-        default=DEFAULT_TARGET,
-        metavar="ADDRESS",
-        help=f"HOST:PORT or unix:PATH of a running server (default: {DEFAULT_TARGET})",
+        "server", nargs="?", default=DEFAULT_TARGET, metavar="ADDRESS", help=connection.ADDRESS_HELP
     )
+    connection.add_credentials_arguments(parser)
     parser.add_argument("--once", action="store_true", help="show it once, as plain text")
     parser.add_argument(
         "--interval", type=float, default=1.0, metavar="S", help="seconds between two looks (default: 1)"
@@ -50,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def top(args: argparse.Namespace) -> int:
     """Until Ctrl-C; once where the output is no terminal. Raises ``TidegateError``."""
-    with Client(args.server) as client:
+    with Client(args.server, **connection.credentials(args)) as client:
         if args.once or not sys.stdout.isatty():
             screen = render(client.inspect(timeout=CALL_SECONDS), None, 0.0, PLAIN_WIDTH)
             Console(width=PLAIN_WIDTH, color_system=None, highlight=False).print(screen)

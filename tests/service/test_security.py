@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tidegate import AsyncClient
 from tidegate.engine.config import ConfigError, EngineConfig
 from tidegate.engine.messages import Submit
+from tidegate.service import security
 from tidegate.service.client import AccessDenied
 from tidegate.service.config import ServerConfig
 from tidegate.service.listener import MAX_METADATA_BYTES
@@ -217,6 +219,51 @@ async def test_a_tenant_lists_its_own_sessions_and_a_router_those_of_others(
     assert await number(ALICE) == 0
 
 
+# --- the commands -----------------------------------------------------------------------------------------
+
+
+async def test_a_command_speaks_tls_and_shows_its_certificate_and_its_token(
+    start_front: Start, tmp_path: Path, authority: Authority, server_cert: Issued, tokens: SecurityConfig
+) -> None:
+    config = SecurityConfig(
+        tls_cert=server_cert.cert,
+        tls_key=server_cert.key,
+        tls_client_ca=authority.cert,
+        auth_tokens=tokens.auth_tokens,
+    )
+    front = await start_front(security=load_security(config), addresses=["127.0.0.1:0"])
+    address, own = front.server.addresses[0], authority.issue("person")
+    token = secret_file(tmp_path / "token", f"{ALICE} alice\n")
+    tls = ["--tls-ca", authority.cert, "--tls-cert", own.cert, "--tls-key", own.key]
+
+    async def run(*command: str | Path) -> tuple[int | None, str, str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "tidegate.service.cli", *command),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await asyncio.wait_for(process.communicate(), 60)
+        return process.returncode, out.decode(), err.decode()
+
+    generate = ["generate", "the tide", "--max-tokens", "5", "--server", address]
+    whole, without_token, without_tls, top, mixed = await asyncio.gather(
+        run(*generate, *tls, "--token-file", token),
+        run(*generate, *tls),
+        run(*generate, "--token-file", token),
+        run("top", address, "--once", *tls, "--token-file", token),
+        run("generate", "x", "--model", "demo", "--token-file", token),
+    )
+    assert whole == (0, front.engine.expected("the tide", 5) + "\n", "")
+    assert tenants(front) == ["alice"]
+    assert (without_token[0], without_token[2]) == (
+        1,
+        "tidegate generate: error: send metadata authorization: Bearer TOKEN\n",
+    )
+    assert (without_tls[0], "no server answers" in without_tls[2]) == (1, True)
+    assert (top[0], "device" in top[1]) == (0, True)
+    assert (mixed[0], "--token-file are for --server" in mixed[2]) == (1, True)
+
+
 # --- signed tokens ----------------------------------------------------------------------------------------
 
 
@@ -379,6 +426,51 @@ async def test_tls_serves_those_who_trust_it_and_nobody_in_plaintext(
     async with tls_channel(front, Authority(tmp_path / "other")) as channel:
         assert await code_over(channel) == grpc.StatusCode.UNAVAILABLE
     assert tenants(front) == ["local"]
+
+
+async def test_renewed_certificates_hold_from_the_next_connection_on(
+    start_front: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(security, "RENEWAL_SECONDS", 0.0)
+    folders = {name: tmp_path / name for name in ("old", "new")}
+    authorities, servers, clients = {}, {}, {}
+    for name, folder in folders.items():
+        folder.mkdir()
+        authorities[name] = Authority(folder)
+        servers[name] = authorities[name].issue("server", ips=["127.0.0.1"])
+        clients[name] = authorities[name].issue("client")
+    current = tmp_path / "current"  # as a Secret is mounted: one link, put in the place of another
+    current.symlink_to(folders["old"])
+    files = {"tls_cert": "server.pem", "tls_key": "server.key", "tls_client_ca": "authority.pem"}
+    config = SecurityConfig(**{setting: current / name for setting, name in files.items()})
+    front = await start_front(security=load_security(config), addresses=["127.0.0.1:0"])
+
+    async def reaches(name: str) -> bool:
+        async with tls_channel(front, authorities[name], clients[name]) as channel:
+            try:
+                await call_over(channel)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+                return False
+            return True
+
+    async with tls_channel(front, authorities["old"], clients["old"]) as open_before:
+        await call_over(open_before)
+        assert not await reaches("new")
+        link = tmp_path / "link"
+        link.symlink_to(folders["new"])
+        link.rename(current)
+        assert await reaches("new")
+        assert not await reaches("old")
+        await call_over(open_before)
+    # A certificate that cannot work changes nothing.
+    servers["new"].cert.write_text("half of a certif")
+    assert await reaches("new")
+    servers["old"].cert.rename(servers["new"].cert)
+    servers["old"].key.rename(servers["new"].key)
+    authorities["old"].cert.rename(authorities["new"].cert)
+    assert not await reaches("new")
 
 
 @pytest.mark.parametrize(
