@@ -134,7 +134,7 @@ class Eviction:
             tokens=max(0, table.num_tokens - table.num_shared * self._manager.block_size),
             tokens_per_second=self.prefill.tokens_per_second,
         )
-        fits = dirty <= self._manager.num_host_available
+        fits = self._manager.has_host_room(dirty)
         if not (fits and costs.prefers_swap):
             log.info("recompute_chosen", tokens=table.num_tokens, host_room=fits, **costs._asdict())
         return fits and costs.prefers_swap

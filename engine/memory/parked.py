@@ -97,6 +97,17 @@ class Parked:
                 shares = table
         return shares
 
+    def can_free(self, num_blocks: int) -> bool:
+        """Whether that many host slots hold what parked tables alone want back."""
+        found: set[Block] = set()
+        for table in self._stamps:
+            for block in table.blocks:
+                if len(found) >= num_blocks:
+                    return True
+                if _frees_a_slot(block) and block.holders.keys() <= self._stamps.keys():
+                    found.add(block)
+        return len(found) >= num_blocks
+
     def _in_order(self) -> Iterator[tuple[BlockTable, bool]]:
         """Tables with blocks, in the order in which they make way; True: beyond its tenant's quota."""
         if self._quota is not None:

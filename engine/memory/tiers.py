@@ -98,6 +98,14 @@ class BlockManager:
         """Host slots to be had without dropping anything that a sequence will come back for."""
         return self.host.num_free + self.num_host_reclaimable
 
+    def has_host_room(self, num_blocks: int) -> bool:
+        """Whether the host tier takes so many blocks of a sequence that goes on by itself.
+
+        What only parked tables hold makes way for it: leases above all, which may never be wanted again.
+        """
+        missing = num_blocks - self.num_host_available
+        return missing <= 0 or self._store.parked.can_free(missing)
+
     @property
     def num_host_reclaimable(self) -> int:
         return self._store.shelves.num_on_host

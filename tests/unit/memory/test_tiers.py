@@ -764,6 +764,21 @@ def leased(rig: Rig, tokens: Sequence[int], tenant: str = "t") -> BlockTable:
     return table
 
 
+def test_leases_that_fill_the_host_tier_are_room_for_whoever_runs() -> None:
+    rig = Rig(12, 4)
+    lease = leased(rig, [1, 2, 3, 4, 5, 6, 7])
+    assert rig.manager.num_host_available == 0
+    assert [rig.manager.has_host_room(number) for number in (1, 4, 5)] == [True, True, False]
+    runner = rig.run([8, 9, 8, 9, 8])
+    rig.manager.suspend(runner)
+    rig.copy_all()
+    assert runner.num_tokens == 5
+    assert rig.manager.take_truncated() == {lease}
+    # Nothing makes way for more of those that go on by themselves.
+    assert [rig.manager.has_host_room(number) for number in (1, 2)] == [True, False]
+    rig.check()
+
+
 def test_of_parked_tables_the_last_one_stays() -> None:
     rig = Rig(12, 3)
     first = leased(rig, [1, 2, 3, 4])
