@@ -220,7 +220,7 @@ def _violations(request: GenerateRequest) -> Iterable[Violation]:
         # Of a prefill worker, which wants the prompt's KV alone. The protocol has an engine pass over what
         # else it does not know of these.
         "extra.request_type": "request_type" in request.extra.fields,
-        f"guided.{request.guided.WhichOneof('guide')}": request.HasField("guided"),
+        f"guided.{request.guided.WhichOneof('guide') or 'guide'}": request.HasField("guided"),
         "response.return_prompt_logprobs": request.response.return_prompt_logprobs,
         "response.prompt_candidates": request.response.HasField("prompt_candidates"),
         "response.output_candidates.token_ids": request.response.output_candidates.HasField("token_ids"),
