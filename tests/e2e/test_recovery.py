@@ -28,6 +28,8 @@ CREDIT = 18
 """Tokens of each stream between two kills, at most."""
 KILLS_OF_A_ROUND = 100
 """What a stream lives through before it reaches the length of the context."""
+PATIENCE = 300.0
+"""Seconds. More, and something hangs; on two idle cores nothing takes a tenth of it."""
 RECOVERED = events_pb2.PROGRESS_KIND_RECOVERED
 
 ENGINE = ("demo", "--dtype", "float32", "--block-size", "16", "--device-kv-tokens", "32768")
@@ -72,17 +74,17 @@ async def running(
     yield sessions
     for session in sessions:
         await session.send(close={})
-    async with asyncio.timeout(300):
+    async with asyncio.timeout(PATIENCE):
         await asyncio.gather(*readings)
 
 
 async def all_have_more(requests: list[Seen], number: int) -> None:
     """Wait until each has so many more tokens, or its end."""
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(PATIENCE):
         await asyncio.gather(*(request.has_tokens(len(request.tokens) + number) for request in requests))
 
 
-@pytest.mark.timeout(KILLS * 60 + 120)
+@pytest.mark.timeout(KILLS * 60 + 600)
 async def test_kills_of_the_engine_change_no_token_of_any_stream(serve: Serve) -> None:
     server = serve(*ENGINE, "--max-restarts", "1000000")
     pauses: list[float] = []
@@ -122,7 +124,7 @@ async def kill_under(
             os.kill(server.engine_pid, signal.SIGKILL)
             killed = time.perf_counter()
             await grant(sessions, CREDIT * kill + CREDIT + 3)
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(PATIENCE):
                 more = (r.has_tokens(mark + 1) for r, mark in zip(requests, marks, strict=True))
                 await asyncio.gather(*more)
             pauses.append(time.perf_counter() - killed)
@@ -137,7 +139,7 @@ async def grant(sessions: list[Session], upto: int) -> None:
 
 
 async def all_reach(requests: list[Seen], number: int) -> None:
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(PATIENCE):
         await asyncio.gather(*(request.has_tokens(number) for request in requests))
 
 
@@ -172,12 +174,13 @@ async def test_a_frozen_engine_is_replaced(serve: Serve) -> None:
     assert "no progress for 5 s" in server.wait_for_log("the engine died")["reason"]
 
 
-@pytest.mark.timeout(SIGTERMS * 90 + 60)
+@pytest.mark.timeout(SIGTERMS * 90 + 600)
 async def test_sigterm_cuts_none_of_256_streams(serve: Serve) -> None:
     """Half of them sessions, half of them ``Generate``; all are running when the signal comes."""
     seconds = []
     for _ in range(SIGTERMS):
-        server = serve(*ENGINE)
+        # The grace is for the machine's other work; what the drain took is printed.
+        server = serve(*ENGINE, "--drain-grace", f"{PATIENCE:.0f}")
         requests = stories(256, 40)
         async with connect(server.address) as channel, connect(server.address) as other:
             sessions = [Session(channel) for _ in requests[::2]]
@@ -191,9 +194,9 @@ async def test_sigterm_cuts_none_of_256_streams(serve: Serve) -> None:
                 await session.send(close={})
             server.process.send_signal(signal.SIGTERM)
             signalled = time.perf_counter()
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE):
                 await asyncio.gather(*readings)
-            assert await asyncio.to_thread(server.process.wait, 30) == 0
+            assert await asyncio.to_thread(server.process.wait, PATIENCE) == 0
             seconds.append(time.perf_counter() - signalled)
         assert [request.ends for request in requests] == [["MAX_TOKENS"]] * 256
         assert all(session.was_told_to_go for session in sessions)
