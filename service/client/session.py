@@ -14,10 +14,10 @@ from typing import Self, Unpack
 import grpc
 
 from tidegate.service.client import messages
+from tidegate.service.client.addresses import Addresses, SessionCall
 from tidegate.service.client.errors import (
     Cancelled,
     NotFound,
-    ServerFault,
     TidegateError,
     Unavailable,
     error_from_rpc,
@@ -27,8 +27,6 @@ from tidegate.service.client.messages import Event, Options, PromptInput
 from tidegate.service.client.retry import Attempts
 from tidegate.service.client.session_stream import Command, SessionStream
 from tidegate.v1 import events_pb2, session_pb2
-
-SessionCall = grpc.aio.StreamStreamCall[session_pb2.SessionRequest, session_pb2.SessionResponse]
 
 CLOSE_GRACE = 2.0
 """Seconds that a session without requests may take to end by itself."""
@@ -59,12 +57,9 @@ class Session:
         """The server's last word about its load."""
         self.going_away = False
         """The server is about to stop, and there is no other one to go to."""
-        self._connects = connects
-        self._address = 0
-        """Which of them is in use."""
+        self._addresses = Addresses(connects)
         self._retries = retries
         self._call: SessionCall | None = None
-        self._opened = session_pb2.Opened()
         self._streams: dict[str, SessionStream] = {}
         self._to_send: list[session_pb2.SessionRequest] = []
         self._has_to_send = asyncio.Event()
@@ -79,10 +74,10 @@ class Session:
     @property
     def opened(self) -> session_pb2.Opened:
         """Limits, model and fingerprint, as the server gave them."""
-        return self._opened
+        return self._addresses.opened
 
     async def __aenter__(self) -> Self:
-        self._call = await self._connect()
+        self._call = await self._addresses.first(self._retries)
         self._runner = asyncio.create_task(self._run(self._call))
         return self
 
@@ -213,34 +208,6 @@ class Session:
 
     # Connections.
 
-    async def _connect(self) -> SessionCall:
-        """The first connection. Raises ``TidegateError``."""
-        attempts = Attempts(self._retries, timeout=None)
-        while True:
-            try:
-                return await self._open(session_pb2.Open())
-            except TidegateError as error:
-                delay = attempts.delay(error)
-            self._address = (self._address + 1) % len(self._connects)
-            await asyncio.sleep(delay)
-
-    async def _open(self, opening: session_pb2.Open) -> SessionCall:
-        """Raises ``TidegateError``."""
-        call = self._connects[self._address]()
-        try:
-            await call.write(session_pb2.SessionRequest(open=opening))
-            first = await call.read()
-        except grpc.aio.AioRpcError as failure:
-            raise error_from_rpc(failure) from None
-        except asyncio.CancelledError:
-            call.cancel()
-            raise
-        if not isinstance(first, session_pb2.SessionResponse) or first.WhichOneof("event") != "opened":
-            call.cancel()
-            raise ServerFault("the server did not answer with Opened", code=grpc.StatusCode.INTERNAL)
-        self._opened = first.opened
-        return call
-
     async def _run(self, call: SessionCall) -> None:
         """Carry the session over as many connections as it takes."""
         try:
@@ -303,53 +270,43 @@ class Session:
             await asyncio.sleep(attempts.delay(_as_unavailable(failure)))
 
     async def _resume(self) -> SessionCall:
-        if not self._opened.HasField("resume_token"):
+        if not self.opened.HasField("resume_token"):
             raise NotFound("the server cannot resume", code=grpc.StatusCode.NOT_FOUND, reason="SESSION_LOST")
         points = [point for stream in self._streams.values() for point in stream.resume_points()]
-        opening = session_pb2.Open(resume_token=self._opened.resume_token, resume_points=points)
-        call = await self._open(opening)
+        opening = session_pb2.Open(resume_token=self.opened.resume_token, resume_points=points)
+        call = await self._addresses.open(opening)
         self._say_again()
         return call
 
     async def _move(self, is_lost: bool) -> SessionCall:
-        """Open a session at the next address that answers, and go on there; at the present one last, and
-        only if that one has lost the session.
+        """Go on elsewhere; here too, if the session is lost, where nobody else answers.
 
         Raises ``TidegateError``.
         """
-        before, present = self._opened.fingerprint, self._address
-        failure: TidegateError = Unavailable("no server answers", code=grpc.StatusCode.UNAVAILABLE)
-        for step in range(1, len(self._connects) + is_lost):
-            self._address = (present + step) % len(self._connects)
+        before = self.opened.fingerprint
+        call = await self._addresses.elsewhere(or_here=is_lost)
+        self.going_away = False
+        moving, self._streams = self._streams, {}
+        for stream in moving.values():
             try:
-                call = await self._open(session_pb2.Open())
+                stream.move(is_same=self.opened.fingerprint == before)
             except TidegateError as error:
-                failure = error
-                continue
-            self.going_away = False
-            moving, self._streams = self._streams, {}
-            for stream in moving.values():
-                try:
-                    stream.move(is_same=self._opened.fingerprint == before)
-                except TidegateError as error:
-                    stream.fail(error)
-                else:
-                    self._streams[stream.wire_id] = stream
-            self._say_again()
-            return call
-        self._address = present
-        raise failure
+                stream.fail(error)
+            else:
+                self._streams[stream.wire_id] = stream
+        self._say_again()
+        return call
 
     async def _leave(self, call: SessionCall) -> bool:
         """The server is about to stop: whether everything goes on elsewhere from here on."""
-        self.going_away = len(self._connects) == 1
+        self.going_away = len(self._addresses) == 1
         if self.going_away or self._is_closing:
             return False
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             await asyncio.wait_for(call.write(_one_message(self._farewell())), CLOSE_GRACE)
         call.cancel()
         # It is not asked again: the session goes on at another address.
-        self._opened.ClearField("resume_token")
+        self.opened.ClearField("resume_token")
         return True
 
     def _farewell(self) -> list[session_pb2.SessionRequest]:
@@ -407,7 +364,7 @@ class Session:
                 code=grpc.StatusCode.UNAVAILABLE,
                 reason="DRAINING",
             )
-        window = self._opened.limits.default_credit if credit is None else credit
+        window = self.opened.limits.default_credit if credit is None else credit
         if auto_credit and window <= 0:
             raise ValueError("credit must be positive; 0 needs auto_credit=False")
         if command.request_id in self._streams:
@@ -454,7 +411,7 @@ class Session:
         if stream is None:
             return
         self._unacked_bytes += stream.arrive(event)
-        limits = self._opened.limits
+        limits = self.opened.limits
         if not self._unacked_bytes or not limits.HasField("unacked_log_bytes"):
             return
         if self._unacked_bytes * 4 >= limits.unacked_log_bytes:
@@ -471,7 +428,7 @@ class Session:
         self.send(*(ack for stream in self._streams.values() for ack in stream.acks()))
 
     def _acknowledge_end(self, request_id: str) -> None:
-        if self._opened.limits.HasField("unacked_log_bytes"):
+        if self.opened.limits.HasField("unacked_log_bytes"):
             ack = session_pb2.Ack(request_id=request_id, end=True)
             self.send(session_pb2.SessionRequest(ack=ack))
 
