@@ -13,6 +13,7 @@ from fake_engine import POISON
 from front import Front, open_session, refusal_of, until
 from prometheus_client.parser import text_string_to_metric_families
 
+from tidegate.engine.client import EngineGone
 from tidegate.engine.config import ConfigError
 from tidegate.engine.messages import DURATION_BOUNDS, Durations, Stats, SwapStats
 from tidegate.service.admission import AdmissionLimits
@@ -185,6 +186,21 @@ async def test_every_metric_has_a_help_text_and_our_prefix_or_that_of_gateways(f
     for family in text_string_to_metric_families(await scrape(front)):
         assert family.documentation
         assert re.fullmatch(r"(tidegate_|vllm:)[a-z_]+", family.name)
+
+
+async def test_engines_that_took_the_place_of_others_are_counted(start_front: Start) -> None:
+    fronts: list[Front] = []
+
+    async def restart(gone: EngineGone) -> None:
+        fronts[0].engine.revive()
+
+    fronts.append(await start_front(metrics_address="127.0.0.1:0", restart=restart))
+    (front,) = fronts
+    assert value(await samples(front), "tidegate_engine_restarts_total") == 0
+    for _ in range(2):
+        front.engine.kill()
+        await front.inference.GenerateUnary(unary())
+    assert value(await samples(front), "tidegate_engine_restarts_total") == 2
 
 
 async def test_a_port_that_is_taken_ends_the_start(front: Front, tmp_path: Path, start_front: Start) -> None:
