@@ -5,7 +5,7 @@ Times are in empty steps of the machine (``Machine.empty_step``), so that one lo
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from laboratory.machines import SAID, Machine
 from tidegate.engine.request import Request, SamplingParams
@@ -27,8 +27,10 @@ class Load:
     name: str
     arrivals: list[Arrival]
     device_tokens: int
-    pauses: dict[str, float] = field(default_factory=dict)
-    """Seconds that the client of a request thinks at the end of its credit before it grants the rest."""
+    pause: float = 0.0
+    """Seconds that a client waits at the end of its credit before it grants more."""
+    grant: int = 1 << 30
+    """Tokens that it grants then; unless a load says otherwise, the rest."""
 
     @property
     def tokens_at_peak(self) -> int:
@@ -88,8 +90,16 @@ def pauses(writer: Writer) -> Load:
         Arrival(request, writer.seconds(1000 * writer.rng.random()))
         for request in writer.chats(128, 512, 512, credit=64)
     ]
-    thinking = {arrival.request.id: writer.seconds(250) for arrival in arrivals}
-    return Load("pauses", arrivals, 32_768, thinking)
+    return Load("pauses", arrivals, 32_768, writer.seconds(250))
+
+
+def hiccups(writer: Writer) -> Load:
+    """Clients that read a little late, again and again, and are back before the grace ends."""
+    arrivals = [
+        Arrival(request, writer.seconds(1000 * writer.rng.random()))
+        for request in writer.chats(128, 512, 512, credit=32)
+    ]
+    return Load("hiccups", arrivals, 65_536, writer.seconds(4), grant=32)
 
 
 def turns(writer: Writer) -> Load:
@@ -154,5 +164,5 @@ def long_prompts(writer: Writer) -> Load:
 
 
 LOADS: tuple[Callable[[Writer], Load], ...] = (
-    storm, pauses, turns, system_prompts, bursts, choices, long_prompts,
+    storm, pauses, hiccups, turns, system_prompts, bursts, choices, long_prompts,
 )  # fmt: skip

@@ -24,8 +24,6 @@ HOST_TIER = 4
 
 LONGEST = 32_768
 
-FAR = 1 << 30
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -111,6 +109,11 @@ class Trial:
         self._sent: dict[str, float] = {}
         self._told: dict[tuple[str, int], list[float]] = defaultdict(list)
         self._told_before: dict[tuple[str, int], int] = {}
+        self._credit = {
+            arrival.request.id: arrival.request.emit_upto
+            for arrival in load.arrivals
+            if arrival.request.emit_upto is not None
+        }
         self._thrash = 0
         for number, arrival in enumerate(load.arrivals):
             if arrival.after is None:
@@ -144,6 +147,9 @@ class Trial:
 
         return send
 
+    def _granting(self, name: str) -> Callable[[], None]:
+        return lambda: self.core.handle(Limit(name, self._credit[name]))
+
     def _take(self, out: StepOutput) -> None:
         if out.refused:
             raise RuntimeError(f"a request of the load was refused: {out.refused}")
@@ -151,9 +157,9 @@ class Trial:
             name = delta.request_id
             told = self._told[name, delta.choice]
             told.append(self.clock.time)
-            pause = self._load.pauses.get(name)
-            if pause is not None and len(told) == 64:
-                self._later(pause, lambda name=name: self.core.handle(Limit(name, FAR)))
+            if len(told) == self._credit.get(name):
+                self._credit[name] += self._load.grant
+                self._later(self._load.pause, self._granting(name))
         for progress in out.progress:
             key = (progress.request_id, progress.choice)
             if progress.kind is ProgressKind.RESUMED:
