@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 WHEEL_ENV := .cache/wheel-env
 REQUESTS ?= 20000
+ROUND_TRIPS ?= 20000
+JOBS ?= $(shell nproc)
 MESSAGES ?= 1000000
 BENCH := PYTHONPATH=tests/support $(BIN)/python tests/bench
 CLIENTS := dynamo kserve smg
@@ -14,10 +16,10 @@ CLIENTS := dynamo kserve smg
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos demo check test wheel-env compat bench simulate ablate soak fuzz gpu clean
+.PHONY: help install protos demo check test wheel-env compat bench simulate ablate soak integrity fuzz gpu clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## Make .venv with the server and the tools of development
 
@@ -84,7 +86,10 @@ ablate: protos ## The same with one rule of the policy taken away at a time
 	PYTHONPATH=tests/support $(BIN)/python tests/simulation/lab.py --ablate
 
 soak: protos ## The engine in random worlds with faults, until REQUESTS have ended: 0 violations, or the seed
-	PYTHONPATH=tests/support $(BIN)/python tests/simulation/soak.py --requests $(REQUESTS)
+	PYTHONPATH=tests/support $(BIN)/python tests/simulation/soak.py --requests $(REQUESTS) --jobs $(JOBS)
+
+integrity: protos ## ROUND_TRIPS of blocks to the host tier and back beside steps: 0 bytes differ
+	PYTHONPATH=tests/support $(BIN)/python tests/simulation/integrity.py --round-trips $(ROUND_TRIPS) --jobs $(JOBS)
 
 fuzz: protos ## MESSAGES from no sane client against a real server: 0 crashes, 0 UNKNOWN, 0 leaked blocks
 	TIDEGATE_FUZZ=$(MESSAGES) $(BIN)/python -m pytest -s tests/e2e/test_fuzz.py

@@ -1,6 +1,6 @@
 """Runs the engine in one random world after another, and counts what they withstood.
 
-    make soak REQUESTS=1000000
+    make soak REQUESTS=1000000 JOBS=16
     python -P tests/simulation/soak.py [--requests N | --seeds N] [--first SEED] [--jobs J] [--digests]
 
 Every world comes from its seed alone: a violation names it, and `--first SEED --seeds 1` shows it again.
@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import count, islice
@@ -19,8 +19,9 @@ from itertools import count, islice
 import structlog
 from chaos import Outcome, run_seed
 
-SEEDS_AT_ONCE = 64
-"""Handed to the processes together, so that a run of so many requests ends soon behind them."""
+SEEDS_A_JOB = 4
+"""Handed out ahead, so that no process waits for a long world in another, and a run of so many requests ends
+soon behind them."""
 REPORT_SECONDS = 30.0
 COUNTS = ("requests", "choices", "steps", "preemptions", "blocks_copied")
 
@@ -28,8 +29,13 @@ COUNTS = ("requests", "choices", "steps", "preemptions", "blocks_copied")
 def outcomes(seeds: Iterator[int], jobs: int) -> Iterator[Outcome]:
     """In the order of the seeds."""
     with ProcessPoolExecutor(jobs, initializer=_hush) as pool:
-        while batch := list(islice(seeds, SEEDS_AT_ONCE)):
-            yield from pool.map(run_seed, batch)
+        ahead = deque(pool.submit(run_seed, seed) for seed in islice(seeds, SEEDS_A_JOB * jobs))
+        try:
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(pool.submit(run_seed, seed) for seed in islice(seeds, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _hush() -> None:

@@ -278,6 +278,7 @@ def random_world(seed: int) -> World:
         preemption=rng.choice(("auto", "auto", "swap", "recompute")),
         prefix_caching=rng.random() < 0.8,
         write_ahead=rng.choice((0, 0.001, 1)),
+        host_quota=rng.choice((None, 0, 2, 12)),
         faults=Faults(
             copy_fails=rng.choice((0, 0.05, 0.3)),
             copy_delay=rng.choice((0, 0.3, 0.9)),

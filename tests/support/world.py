@@ -285,6 +285,8 @@ class World:
     preemption: str = "auto"
     prefix_caching: bool = True
     write_ahead: float = 0.01
+    host_quota: int | None = None
+    """Host blocks that a tenant's parked and leased sequences may hold before they are the first to go."""
     windows: tuple[int | None, ...] = (None,)
     """Of each KV group."""
     faults: Faults = field(default_factory=Faults)
@@ -303,6 +305,7 @@ class World:
             hasher=BlockHasher("fake", self.block_size, secret=b"seed") if self.prefix_caching else None,
             groups=groups,
             step_tokens=self.max_step_tokens,
+            host_quota=self.host_quota,
             observer=self._observe,
         )
         # With windows alone, sequences may be longer than the device tier.
