@@ -49,9 +49,9 @@ class Client:
     With the blocking API: in the asyncio one, a write that meets the stream's end hides its status.
     """
 
-    def __init__(self, address: str, seed: int) -> None:
+    def __init__(self, address: str, seed: int, model: str) -> None:
         self._address = address
-        self._fuzzer = Fuzzer(seed)
+        self._fuzzer = Fuzzer(seed, model)
         self.seen: Counter[str] = Counter()
         self.num_sent = 0
 
@@ -132,7 +132,8 @@ async def test_no_message_crashes_the_server_or_leaves_anything_behind(serve: Se
     server = serve(str(checkpoint), *limits)
     front = psutil.Process(server.process.pid)
     engine_pid = server.engine_pid
-    clients = [Client(server.address, SEED + index) for index in range(NUM_CLIENTS)]
+    model = server.wait_for_log("ready")["model"]
+    clients = [Client(server.address, SEED + index, model) for index in range(NUM_CLIENTS)]
     started = time.perf_counter()
     with ThreadPoolExecutor(NUM_CLIENTS) as threads:
         for done in [threads.submit(client.run, MESSAGES // NUM_CLIENTS) for client in clients]:

@@ -6,7 +6,11 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 
+from tidegate.compat.kserve import grpc_service_pb2
+from tidegate.compat.openengine import openengine_pb2
+from tidegate.compat.vllm import engine_pb2
 from tidegate.v1 import control_pb2, inference_pb2, session_pb2
 
 TEXTS = ["", "a", "the tide", "é\x00\n", "\U0001f30a\U0001f30a", "<|im_end|>", "x" * 300]
@@ -25,9 +29,19 @@ UNARY: dict[str, Callable[[], Message]] = {
     "/tidegate.v1.InferenceService/CountTokens": inference_pb2.CountTokensRequest,
     "/tidegate.v1.ControlService/GetServerInfo": control_pb2.GetServerInfoRequest,
     "/tidegate.v1.ControlService/GetModelInfo": control_pb2.GetModelInfoRequest,
+    "/tidegate.v1.ControlService/Inspect": control_pb2.InspectRequest,
+    "/tidegate.v1.ControlService/ListSessions": control_pb2.ListSessionsRequest,
     "/tidegate.v1.ControlService/Abort": control_pb2.AbortRequest,
 }
 """Methods, and the type of their one message."""
+FOREIGN = {
+    f"/{service.full_name}/{method.name}": GetMessageClass(method.input_type)
+    for file in (grpc_service_pb2.DESCRIPTOR, engine_pb2.DESCRIPTOR, openengine_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
+    for method in service.methods
+    if not method.client_streaming
+}
+"""The same, of other people's protocols."""
 STREAMING = "/tidegate.v1.InferenceService/Generate"
 SESSION = "/tidegate.v1.InferenceService/Session"
 
@@ -35,8 +49,9 @@ SESSION = "/tidegate.v1.InferenceService/Session"
 class Fuzzer:
     """An endless supply from one seed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, model: str) -> None:
         self.random = random.Random(seed)
+        self._model = model
         self._seed = seed
         self._num_sessions = 0
         self._ids: list[str] = []
@@ -44,6 +59,9 @@ class Fuzzer:
     def unary(self) -> tuple[str, bytes]:
         """A method that takes one message, and the message."""
         rng = self.random
+        if rng.random() < 0.2:
+            method, kind = rng.choice(list(FOREIGN.items()))
+            return method, self._finish(self._foreign(kind()))
         if rng.random() < 0.5:
             return STREAMING, self._finish(inference_pb2.GenerateRequest(**self._content()))
         method, make = rng.choice(list(UNARY.items()))
@@ -95,6 +113,25 @@ class Fuzzer:
         }
         return {"prompt": {"text": rng.choice(TEXTS[1:])}, "sampling": sampling}
 
+    def _foreign(self, message: Any) -> Any:
+        """A request of another protocol that makes sense, or an empty message."""
+        rng, ids = self.random, [1 + self.random.randrange(100) for _ in range(4)]
+        name = f"{self._seed}-foreign-{rng.randrange(10**9)}"
+        match message:
+            case engine_pb2.GenerateRequest():
+                params = {"max_tokens": rng.randrange(1, 5), "temperature": 0.7}
+                prompt = {"input_ids": ids}
+                return type(message)(request_id=name, tokenized=prompt, sampling_params=params, stream=True)
+            case openengine_pb2.GenerateRequest():
+                stopping = {"max_tokens": rng.randrange(1, 5)}
+                return type(message)(request_id=name, token_ids={"ids": ids}, stopping=stopping)
+            case grpc_service_pb2.ModelInferRequest():
+                message.model_name = self._model
+                text = message.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+                text.contents.bytes_contents.append(rng.choice(TEXTS).encode())
+                message.parameters["max_tokens"].int64_param = rng.randrange(1, 5)
+        return message
+
     def _finish(self, message: Message, broken: float = 0.05) -> bytes:
         """As it is, with fields replaced, or with this probability broken."""
         rng = self.random
@@ -130,7 +167,11 @@ class Fuzzer:
         elif field.is_repeated:
             values: Any = getattr(message, name)
             if field.message_type is not None and field.message_type.GetOptions().map_entry:
-                values[rng.choice(SMALL)] = rng.choice(DOUBLES)
+                key, value = field.message_type.fields
+                if value.cpp_type == _F.CPPTYPE_MESSAGE:
+                    self._fill(values[self._value(key)])
+                else:
+                    values[self._value(key)] = self._value(value)
             elif field.cpp_type == _F.CPPTYPE_MESSAGE:
                 self._fill(values.add())
             else:
