@@ -301,10 +301,10 @@ class Scheduler:
         """Add the sequence's next positions to the step; how many they are, 0 without room for them."""
         start, left = seq.num_scheduled, seq.num_unscheduled
         amount = min(left, budget)
-        if start + amount > seq.reserved and not self._make_room(seq, start + amount):
-            return 0
         plan = step.plan
-        if seq.row_blocks != seq.table.end:
+        if start + amount > seq.reserved:
+            if not self._make_room(seq, start + amount):
+                return 0
             self._update_row(plan, seq)
         samples = amount == left
         plan.chunks.append(Chunk(seq.row, start, amount, samples))

@@ -146,6 +146,10 @@ class Block:
         return device is not None and host is not None and host.valid_len >= device.valid_len
 
 
+def _is_exclusive(block: Block) -> bool:
+    return block.resident == 1
+
+
 @dataclass(slots=True)
 class GroupTable:
     """The block table of one sequence in one group: ``blocks[0]`` is the sequence's block number ``start``.
@@ -168,15 +172,20 @@ class GroupTable:
         return self.blocks[place - self.start]
 
     @property
+    def num_exclusive(self) -> int:
+        """Of a resident table, how many blocks no other keeps on the device."""
+        if self.kind.window is None:
+            # What tables share comes first.
+            return len(self.blocks) - bisect_left(self.blocks, True, key=_is_exclusive)
+        return sum(map(_is_exclusive, self.blocks))
+
+    @property
     def num_shared(self) -> int:
         """Of a resident table, how many of the sequence's first blocks others keep on the device, too.
 
         Those that nobody needs any more are among them, as far as others keep what is needed behind them.
         """
-        if self.kind.window is None:
-            # What tables share comes first.
-            return bisect_left(self.blocks, True, key=lambda block: block.resident == 1)
-        own = next((i for i, block in enumerate(self.blocks) if block.resident == 1), len(self.blocks))
+        own = next((i for i, block in enumerate(self.blocks) if _is_exclusive(block)), len(self.blocks))
         return self.start + own if own else 0
 
 
@@ -227,12 +236,10 @@ class BlockTable:
     @property
     def num_exclusive(self) -> int:
         """Blocks of a resident table that no other keeps on the device."""
-        return sum(
-            len(group.blocks) - group.num_shared
-            if group.kind.window is None
-            else sum(block.resident == 1 for block in group.blocks)
-            for group in self.groups
-        )
+        count = 0
+        for group in self.groups:
+            count += group.num_exclusive
+        return count
 
     @property
     def num_shared(self) -> int:

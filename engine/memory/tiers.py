@@ -62,6 +62,7 @@ class BlockManager:
         self.hasher = hasher
         self.groups = tuple(groups)
         self._step_tokens = step_tokens
+        self._has_windows = any(group.window is not None for group in groups)
         self._store = BlockStore(
             kinds=self.groups,
             block_size=block_size,
@@ -253,22 +254,25 @@ class BlockManager:
     def commit(self, table: BlockTable, num_tokens: int, token_ids: Sequence[int]) -> None:
         """Positions up to ``num_tokens`` are computed and their tokens confirmed."""
         size, store = self.block_size, self._store
-        first, done, end = table.num_tokens // size, num_tokens // size, self.blocks_for(num_tokens)
+        first, done = table.num_tokens // size, num_tokens // size
+        tail = num_tokens - done * size
         table.num_tokens = num_tokens
         for group in table.groups:
-            for i in range(first, end):
-                store.commit(group.at(i), min(size, num_tokens - i * size))
+            for i in range(first, done):
+                store.commit(group.at(i), size)
+            if tail:
+                store.commit(group.blocks[done - group.start], tail)
             if group.source is not None:
                 source, group.source = group.source, None
                 store.let_go(source, table)
-        if self.hasher is not None and done > first:
+        if done > first and self.hasher is not None:
             self.hasher.extend(table.keys, table.root, token_ids, done)
             for number, group in enumerate(table.groups):
                 for i in range(first, done):
                     if store.index.add(number, table.keys[i], group.at(i)):
                         group.at(i).key = table.keys[i]
-        for group in table.groups:
-            if group.kind.window is not None:
+        if self._has_windows:
+            for group in table.groups:
                 self._leave_behind(table, group)
 
     def _leave_behind(self, table: BlockTable, group: GroupTable) -> None:

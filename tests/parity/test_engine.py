@@ -192,7 +192,7 @@ def _renamed(requests: list, kind: int) -> list:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("variant", ["qwen2", "llama-head-40"])
+@pytest.mark.parametrize("variant", ["qwen2", "llama-head-40", "qwen2-window-of-every-other-layer"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_conversation_is_that_of_transformers_on_the_whole_transcript(
     variant: str, depth: int, checkpoint: Callable[[str], Path], tally: Tally
@@ -234,9 +234,49 @@ def test_a_conversation_is_that_of_transformers_on_the_whole_transcript(
     assert stats.prompt_tokens == new
 
 
-def test_choices_of_one_request_differ(checkpoint: Callable[[str], Path]) -> None:
+def test_a_window_lets_a_sequence_grow_past_the_device_tier(
+    checkpoint: Callable[[str], Path], tally: Tally
+) -> None:
+    """Two sequences of 230 tokens, where the device tier holds 128: what the window has passed goes."""
+    path = checkpoint("mistral-window")
+    model, rng = load_reference(path), random.Random(3)
+    prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(150)] for _ in range(2)]
+    params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+    options = {"device_kv_tokens": 128, "host_kv_tokens": 256, "max_step_tokens": 16}
+    core = build_engine(config_for(str(path), **options))
+    outcome = drive(core, requests_for(prompts, params), preempting_every(20))
+    stats = core.stats()
+    core.close()
+    for i, prompt in enumerate(prompts):
+        wanted = reference_tokens(model, prompt, 80)
+        tally.compare(model, prompt, wanted, outcome.tokens[f"r{i}", 0], f"long/{i}")
+    assert stats.device.total * BLOCK == 128
+    assert stats.preemptions_swap > 0
+
+
+def test_a_prefix_is_shared_from_the_window_before_its_end(
+    checkpoint: Callable[[str], Path], tally: Tally
+) -> None:
+    """The later prompts begin with a long one that is over: they compute their own tokens alone."""
+    path = checkpoint("qwen2-window-of-upper-layers")
+    model, rng = load_reference(path), random.Random(4)
+    shared = [rng.randrange(3, VOCAB_SIZE) for _ in range(20 * BLOCK)]
+    prompts = [[*shared, *(rng.randrange(3, VOCAB_SIZE) for _ in range(5))] for _ in range(3)]
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    core = build_engine(config_for(str(path), **PRESSURE["all"]))
+    for request in requests_for(prompts, params):
+        ours, prompt = drive(core, [request]).tokens[request.id, 0], request.prompt_token_ids
+        tally.compare(model, prompt, reference_tokens(model, prompt, 20), ours, f"shared, {request.id}")
+    stats = core.stats()
+    core.close()
+    assert stats.prefix_hit_tokens == 2 * len(shared)
+    assert stats.prompt_tokens == len(shared) + 3 * 5
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "mistral-window"])
+def test_choices_of_one_request_differ(variant: str, checkpoint: Callable[[str], Path]) -> None:
     """n samples share the prompt's blocks and nothing else; each is what its index and seed say."""
-    core = build_engine(config_for(str(checkpoint("qwen2")), **PRESSURE["all"]))
+    core = build_engine(config_for(str(checkpoint(variant)), **PRESSURE["all"]))
     prompt = list(range(5, 45))
     params = SamplingParams(n=5, temperature=1.0, max_tokens=12, ignore_eos=True)
     first = drive(core, requests_for([prompt], params, seed=7)).tokens
