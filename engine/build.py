@@ -92,6 +92,7 @@ def compose(config: EngineConfig, path: Path, parts: DeviceParts) -> EngineCore:
         device=parts.device,
         dtype=str(parts.dtype).removeprefix("torch."),
         load_seconds={"load": parts.load_seconds, "pool": parts.pool_seconds},
+        kv_groups=len(parts.groups),
     )
     log.info(
         "tiers",

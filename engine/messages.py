@@ -369,3 +369,9 @@ class EngineInfo(msgspec.Struct, frozen=True):
     dtype: str
     load_seconds: dict[str, float]
     """Where the start went: ``imports``, ``load``, ``pool``, in seconds."""
+    kv_groups: int = 1
+    """A token takes its place in a block of each (see ``memory/groups.py``)."""
+
+    def tokens_in(self, blocks: int) -> int:
+        """How many tokens so many blocks hold that all groups keep."""
+        return blocks * self.block_size // self.kv_groups

@@ -70,10 +70,8 @@ class Leases:
     ) -> None:
         """``quota_bytes``: KV of one tenant's leases. By default half of what both tiers hold."""
         self._token_bytes = info.kv_bytes_per_token
-        blocks = info.device_blocks + info.host_blocks
-        self._quota = (
-            blocks * info.block_size * self._token_bytes // 2 if quota_bytes is None else quota_bytes
-        )
+        tokens = info.tokens_in(info.device_blocks + info.host_blocks)
+        self._quota = tokens * self._token_bytes // 2 if quota_bytes is None else quota_bytes
         self._send = send
         self._tenants: defaultdict[str, _Tenant] = defaultdict(_Tenant)
 

@@ -233,8 +233,8 @@ def _same_again(config: EngineConfig, info: EngineInfo) -> EngineConfig:
         config,
         max_model_len=info.max_model_len,
         block_size=info.block_size,
-        device_kv_tokens=info.device_blocks * info.block_size,
-        host_kv_tokens=info.host_blocks * info.block_size,
+        device_kv_tokens=info.tokens_in(info.device_blocks),
+        host_kv_tokens=info.tokens_in(info.host_blocks),
     )
 
 

@@ -139,8 +139,8 @@ class VllmEngine(engine_pb2_grpc.VllmEngineServicer):
             num_running_reqs=stats.running,
             num_waiting_reqs=waiting,
             num_total_reqs=stats.running + waiting,
-            num_used_tokens=used * info.block_size,
-            max_total_num_tokens=info.device_blocks * info.block_size,
+            num_used_tokens=info.tokens_in(used),
+            max_total_num_tokens=info.tokens_in(info.device_blocks),
             token_usage=used / max(1, info.device_blocks),
         )
         now = datetime.now(UTC).isoformat()
