@@ -60,8 +60,8 @@ wheel-env: protos
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .cache/libraries.pth
 	mv .cache/libraries.pth $(WHEEL_ENV)/lib/python3*/site-packages/
 
-compat: wheel-env $(CLIENTS:%=.cache/compat/%/.installed) ## Other people's clients against us: client, feature, result
-	$(WHEEL_ENV)/bin/python -m pytest -m '' tests/compat
+compat: wheel-env $(CLIENTS:%=.cache/compat/%/.installed) ## Other people's clients against us, and the table: client, feature, result
+	$(WHEEL_ENV)/bin/python -m pytest -m '' --whole-table tests/compat
 
 # Each client in an environment of its own: what they install would not go together.
 .cache/compat/%/.installed: tests/compat/%.txt

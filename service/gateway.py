@@ -51,6 +51,9 @@ class Gateway:
             *("--host", host, "--port", port),
             *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(_free_port())),
             *("--worker-startup-check-interval", "1", "--log-level", "warn"),
+            # There is one worker, and it says itself what it cannot take: after ten refusals in a row the
+            # gateway would send it nothing for a minute.
+            "--disable-circuit-breaker",
         ]
         self._process: asyncio.subprocess.Process | None = None
         self._running: asyncio.Task[None] | None = None

@@ -5,8 +5,17 @@ from collections.abc import Iterator
 
 import grpc.aio
 import pytest
-from compat_clients import environment, free_port, nothing_left, port_of, running, try_feature, wait_for_model
-from served import Served, load_when, served
+from compat_clients import (
+    LONG_ANSWER,
+    environment,
+    free_port,
+    nothing_left,
+    port_of,
+    running,
+    try_feature,
+    wait_for_model,
+)
+from served import Served, load_when
 
 from tidegate.engine.demo import checkpoint_path
 
@@ -27,22 +36,10 @@ FEATURES = (
     "anthropic_messages",
     "anthropic_stream",
 )
-STEP_SECONDS = 0.01
-DROPPED_TOKENS = 1900
-"""Of the answer that its client leaves; they would take twenty seconds at least."""
 
 
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server whose answers take long enough for what happens to them on the way."""
-    folder = tmp_path_factory.mktemp("server")
-    failpoints = f"step=wait:{STEP_SECONDS}"
-    with served(folder, "demo", "--listen", "127.0.0.1:0", failpoints=failpoints) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def frontend(slow: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def frontend(demo: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of Dynamo's frontend, once it knows our model. Both processes find each other through files."""
     folder, port = tmp_path_factory.mktemp("dynamo"), free_port()
     python = environment("dynamo") / "bin" / "python"
@@ -68,7 +65,7 @@ def frontend(slow: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         running(
             folder,
             *(python, "-P", "-m", "dynamo.trtllm.sidecar"),
-            *("--grpc-endpoint", port_of(slow), "--model-path", "demo"),
+            *("--grpc-endpoint", port_of(demo), "--model-path", "demo"),
             variables=variables,
         ),
     ):
@@ -78,14 +75,13 @@ def frontend(slow: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-async def test_dynamo(feature: str, slow: Served, frontend: str) -> None:
-    async with grpc.aio.insecure_channel(slow.address) as channel:
-        _, before = await load_when(channel, lambda load, totals: True)
+async def test_dynamo(feature: str, demo: Served, frontend: str) -> None:
+    async with grpc.aio.insecure_channel(demo.address) as channel:
+        before = await nothing_left(demo)
         async with asyncio.TaskGroup() as group:
             group.create_task(asyncio.to_thread(try_feature, "dynamo", feature, frontend))
             if feature == "two_at_once":
                 await load_when(channel, lambda load, totals: load.running == 2)
-        await nothing_left(slow)
-        _, after = await load_when(channel, lambda load, totals: True)
+        tokens = await nothing_left(demo) - before
     if feature == "client_drop":
-        assert 0 < after.output_tokens - before.output_tokens < DROPPED_TOKENS
+        assert 0 < tokens < LONG_ANSWER

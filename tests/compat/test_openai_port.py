@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from compat_clients import environment, free_port, try_feature
+from compat_clients import environment, free_port, openai_script, try_feature
 from served import served
 
 
@@ -17,16 +17,20 @@ def gateway_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.heavy_client
+@pytest.mark.feature("one command", client="smg")
+@pytest.mark.feature("base url only", client="smg")
 @pytest.mark.usefixtures("gateway_on_path")
 def test_one_command_gives_an_openai_endpoint_that_comes_back_and_ends_with_us(tmp_path: Path) -> None:
     port = free_port()
     with served(tmp_path, "demo", "--openai-port", str(port)) as server:
         server.wait_for_log("openai endpoint ready")
-        try_feature("smg", "chat", f"http://127.0.0.1:{port}")
+        url = f"http://127.0.0.1:{port}"
+        try_feature("smg", "chat", url)
+        assert openai_script(url)
         (gateway,) = gateways(server.process.pid)
         gateway.kill()
         server.wait_for_log("the gateway ended and is started again")
-        try_feature("smg", "chat_stream_with_patience", f"http://127.0.0.1:{port}")
+        try_feature("smg", "chat_stream_with_patience", url)
         (gateway,) = gateways(server.process.pid)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0

@@ -15,8 +15,11 @@ import pytest
 from served import Served, is_empty, load_when
 
 ROOT = Path(__file__).parents[2]
+CLIENTS = ROOT / "tests" / "compat" / "clients"
 SCRIPTS = {"kserve": "kserve.py", "smg": "openai_tools.py", "dynamo": "openai_tools.py"}
-"""What drives each client, in ``tests/compat/clients``."""
+"""What drives each client."""
+LONG_ANSWER = 1900
+"""Tokens of the answers that the scripts leave in the middle of."""
 READY_SECONDS = 60.0
 SECONDS = 100
 
@@ -31,15 +34,26 @@ def environment(client: str) -> Path:
 
 def try_feature(client: str, feature: str, address: str) -> None:
     """One feature, as the client's own Python sees it; what its script says is the failure's text."""
-    script = ROOT / "tests" / "compat" / "clients" / SCRIPTS[client]
+    run_script(client, SCRIPTS[client], feature, address)
+
+
+def openai_script(url: str) -> str:
+    """What an ordinary script for OpenAI's API prints, whose environment alone says where that is."""
+    return run_script("smg", "openai_script.py", OPENAI_BASE_URL=f"{url}/v1", OPENAI_API_KEY="none").strip()
+
+
+def run_script(client: str, script: str, *arguments: str, **variables: str) -> str:
+    """What one of ``tests/compat/clients`` prints, run by the client's own Python."""
     done = subprocess.run(
-        [environment(client) / "bin" / "python", "-P", script, feature, address],
+        [environment(client) / "bin" / "python", "-P", CLIENTS / script, *arguments],
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
         timeout=SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def port_of(server: Served) -> str:
@@ -48,10 +62,12 @@ def port_of(server: Served) -> str:
     return next(address for address in addresses if not address.startswith("unix:"))
 
 
-async def nothing_left(server: Served) -> None:
-    """Wait until no request runs and no block is held."""
+async def nothing_left(server: Served) -> int:
+    """Wait until no request runs and no block is held; how many tokens the server has made so far."""
     async with grpc.aio.insecure_channel(server.address) as channel:
-        await load_when(channel, is_empty)
+        _, totals = await load_when(channel, is_empty)
+    tokens: int = totals.output_tokens
+    return tokens
 
 
 @contextlib.contextmanager

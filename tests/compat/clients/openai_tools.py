@@ -52,9 +52,19 @@ def chat_stream(clients: Clients) -> None:
 
 
 def chat_stream_with_patience(clients: Clients) -> None:
-    """A gateway that was killed is away for a moment; the client's own retries bridge it."""
+    """What was killed is away for a moment; the client's own retries bridge it."""
     clients.openai = clients.openai.with_options(max_retries=30)
     chat_stream(clients)
+
+
+def unavailable(clients: Clients) -> None:
+    """Nobody is behind the gateway: it says so."""
+    try:
+        clients.chat()
+    except openai.InternalServerError as error:
+        assert error.status_code in (502, 503), error.status_code
+    else:
+        raise AssertionError("somebody answered")
 
 
 def conversation(clients: Clients) -> None:
@@ -180,6 +190,7 @@ FEATURES = {
         chat,
         chat_stream,
         chat_stream_with_patience,
+        unavailable,
         conversation,
         completions,
         responses,
