@@ -1,12 +1,19 @@
 """The Dockerfiles, as far as they can be tested without a container engine."""
 
+import json
+import os
 import re
+import signal
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from served import Served
+
+from tidegate import Client
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "k8s" / "images"
@@ -52,6 +59,53 @@ def test_the_container_runs_as_nobody_and_the_server_gets_the_signals(name: str)
     assert re.findall(r"^ENTRYPOINT (.+)$", final, re.M) == [
         '["python"]' if name == "client" else '["tidegate"]'
     ]
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_the_containers_own_command_serves_and_ends_on_sigterm(name: str, tmp_path: Path) -> None:
+    """Entry point, command and environment as the image has them, with a folder of ours for its /tmp.
+
+    Where a mount namespace may be had, the root file system is read-only, as in the manifests.
+    """
+    image = (IMAGES / f"Dockerfile.{name}").read_text()
+    final = image[image.rindex("\nFROM ") :]
+    (entry,), (command,) = (re.findall(rf"^{word} (\[.+\])$", final, re.M) for word in ("ENTRYPOINT", "CMD"))
+    program, *arguments = [*json.loads(entry), *json.loads(command)]
+    arguments = [argument.replace("0.0.0.0:50051", "127.0.0.1:0") for argument in arguments]
+    (tools,) = re.findall(r"^ENV ((?:.+\\\n)*.+)$", final, re.M)
+    environment = dict(pair.split("=", 1) for pair in tools.replace("\\\n", " ").split())
+    assert environment.pop("PATH").startswith("/opt/tidegate/bin:")
+    assert environment["HOME"] == "/tmp"
+    environment |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    log_file = tmp_path / "log"
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            [*read_only_root(tmp_path), Path(sys.executable).with_name(program), *arguments],
+            env=environment | {"PATH": os.environ["PATH"]},
+            cwd=tmp_path,
+            stderr=log,
+        )
+    server = Served(process, "", log_file)
+    try:
+        (address,) = server.wait_for_log("ready")["addresses"]
+        with Client(address) as client:
+            assert client.generate_unary("Once upon a time", max_tokens=5).text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def read_only_root(writable: Path) -> list[str]:
+    """What a command is put behind so that it can write nowhere but there; nothing where that cannot be."""
+    script = f'mount --bind {writable} {writable} && mount -o remount,bind,ro / && exec "$@"'
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh"]
+    try:
+        works = subprocess.run([*command, "true"], capture_output=True, timeout=30, check=False)
+    except FileNotFoundError:
+        return []
+    return command if works.returncode == 0 else []
 
 
 def lock(name: str) -> str:

@@ -9,9 +9,13 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
-from manifests import BUILT, Manifest, build, config, flag, pods
+import yaml
+from manifests import BUILT, ROOT, Manifest, build, config, flag, pods
 
-KUBERNETES_VERSIONS = ("1.35", "1.36", "1.37")
+from tidegate.engine.demo import checkpoint_path
+
+NEWEST_MINOR = int(kubernetes_validate.latest_version().split(".")[1])
+KUBERNETES_VERSIONS = tuple(f"1.{NEWEST_MINOR - age}" for age in (2, 1, 0))
 """The last three."""
 OUR_DRAIN_END = 10
 """Seconds that a server may take behind its drain grace, to write the last messages and to end."""
@@ -35,8 +39,8 @@ def complaints(manifest: Manifest, version: str) -> Iterator[str]:
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
 @pytest.mark.parametrize("folder", [*BUILT, "monitoring"])
 def test_every_overlay_builds_and_is_valid(folder: str, version: str) -> None:
-    manifests = build(folder)
-    assert manifests
+    manifests = (*build(folder), yaml.safe_load((ROOT / "k8s" / "namespace.yaml").read_text()))
+    assert len(manifests) > 1
     assert [line for manifest in manifests for line in complaints(manifest, version)] == []
 
 
@@ -48,10 +52,15 @@ def test_every_overlay_builds_and_is_valid(folder: str, version: str) -> None:
         ("HorizontalPodAutoscaler", ("spec", "maxReplicas"), "8"),
         ("ServiceMonitor", ("spec", "endpoints", 0, "intervall"), "15s"),
         ("NetworkPolicy", ("spec", "podSelectors"), {}),
+        ("PodDisruptionBudget", ("spec", "maxUnavailable"), [1]),
+        ("InferencePool", ("spec", "targetPorts"), 8000),
+        ("HTTPRoute", ("spec", "rules", 0, "backendRefs", 0, "kind"), 1),
+        ("PrometheusRule", ("spec", "groups", 0, "rules", 0, "expression"), "up"),
     ],
 )
 def test_a_planted_mistake_is_caught(kind: str, path: tuple[str | int, ...], value: object) -> None:
-    manifest = copy.deepcopy(next(m for m in build("overlays/cpu") if m["kind"] == kind))
+    everything = (*build("examples/inference-pool"), *build("monitoring"))
+    manifest = copy.deepcopy(next(m for m in everything if m["kind"] == kind))
     assert not list(complaints(manifest, KUBERNETES_VERSIONS[-1]))
     place: Any = manifest
     for step in path[:-1]:
@@ -92,12 +101,43 @@ def test_memory_is_guaranteed_and_counts_the_volumes_in_memory(folder: str) -> N
 
 
 @pytest.mark.parametrize("folder", BUILT)
-def test_the_pod_outlives_its_drain(folder: str) -> None:
+def test_the_memory_limit_holds_the_tiers_the_processes_and_the_shared_memory(folder: str) -> None:
+    """By the formula in k8s/README.md; the pinned tier counts, and a GPU's device tier is not the host's."""
+    demo = json.loads((checkpoint_path() / "config.json").read_text())
+    demo_bytes = 4 * demo["num_hidden_layers"] * demo["num_key_value_heads"] * demo["head_dim"]
     for spec, container in pods(folder):
-        given = flag(container, "drain-grace") or ""
-        grace = float(config(folder)["drain-grace"] if given.startswith("$(") else given)
-        waits = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
-        assert spec["terminationGracePeriodSeconds"] >= waits + grace + OUR_DRAIN_END
+        resources = container["resources"]
+        on_gpu = "nvidia.com/gpu" in resources["limits"]
+        tokens = setting(folder, container, "host-kv-tokens")
+        if not on_gpu:
+            tokens += setting(folder, container, "device-kv-tokens")
+        # What is in the volume is somebody else's; its ConfigMap says for which KV the sizes are.
+        tiers = tokens * (128 * 1024 if on_gpu else demo_bytes)
+        processes = (8 if on_gpu else 3) * 2**30
+        shared = sum(
+            size_of(volume["emptyDir"]["sizeLimit"])
+            for volume in spec["volumes"]
+            if volume.get("emptyDir", {}).get("medium") == "Memory"
+        )
+        assert tiers + processes + shared <= size_of(resources["limits"]["memory"])
+
+
+@pytest.mark.parametrize("folder", BUILT)
+def test_the_pod_outlives_the_drains_that_follow_each_other(folder: str) -> None:
+    """A sidecar is told to end when its application has ended."""
+    for spec, container in pods(folder):
+        before = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+        if container in spec.get("initContainers", ()):
+            (application,) = spec["containers"]
+            before += next(float(v["value"]) for v in application["env"] if v["name"] == "DRAIN_SECONDS")
+        grace = setting(folder, container, "drain-grace")
+        assert spec["terminationGracePeriodSeconds"] >= before + grace + OUR_DRAIN_END
+
+
+def setting(folder: str, container: Manifest, name: str) -> float:
+    """What a flag says, itself or by the ConfigMap."""
+    given = flag(container, name) or ""
+    return float(config(folder)[name] if given.startswith("$(") else given)
 
 
 def test_a_sidecar_starts_first_ends_last_and_has_no_pre_stop() -> None:
