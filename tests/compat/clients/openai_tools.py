@@ -171,15 +171,17 @@ def client_drop(clients: Clients) -> None:
 
 
 def anthropic_messages(clients: Clients) -> None:
-    answer = clients.anthropic.messages.create(model=MODEL, max_tokens=30, messages=MESSAGES)
+    options = {"model": MODEL, "max_tokens": 30, "messages": MESSAGES, "temperature": 0}
+    answer = clients.anthropic.messages.create(**options)
     assert answer.content[0].text
     assert answer.stop_reason == "max_tokens"
     assert answer.usage.output_tokens == 30
 
 
 def anthropic_stream(clients: Clients) -> None:
-    with clients.anthropic.messages.stream(model=MODEL, max_tokens=30, messages=MESSAGES) as stream:
-        assert "".join(stream.text_stream)
+    options = {"model": MODEL, "max_tokens": 30, "messages": MESSAGES, "temperature": 0}
+    with clients.anthropic.messages.stream(**options) as stream:
+        assert "".join(stream.text_stream) == clients.anthropic.messages.create(**options).content[0].text
         assert stream.get_final_message().usage.output_tokens == 30
 
 
