@@ -118,7 +118,7 @@ TROUBLES = {
         'tidegate_kv_blocks_reclaimable{tier="host"}': "0x120",
     },
     "SwapsWithoutPause": {'tidegate_kv_link_utilization_ratio{direction="in"}': "0.95x120"},
-    "EngineDied": {"tidegate_engine_restarts_total": "0x58 1x62"},
+    "EngineDies": {"tidegate_engine_restarts_total": "0x40 1x10 3x70"},
     "LosesParkedConversations": {"tidegate_parked_dropped_total": "0+1x120"},
     "Recomputes": {"tidegate_recomputed_tokens_total": "0+100x120"},
     "Fails": {'tidegate_requests_total{code="INTERNAL"}': "0+5x120"},

@@ -11,6 +11,8 @@ import openai
 MODEL = "demo"
 MESSAGES: Any = [{"role": "user", "content": "Tell me a story about a kite."}]
 TOKENS = 40
+GREEDY: Any = {"model": MODEL, "max_tokens": 30, "messages": MESSAGES, "extra_body": {"temperature": 0}}
+"""For Anthropic's package, which has no argument for the temperature."""
 SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "any", "schema": {"type": "object"}}}
 
 
@@ -171,17 +173,15 @@ def client_drop(clients: Clients) -> None:
 
 
 def anthropic_messages(clients: Clients) -> None:
-    options = {"model": MODEL, "max_tokens": 30, "messages": MESSAGES, "temperature": 0}
-    answer = clients.anthropic.messages.create(**options)
+    answer = clients.anthropic.messages.create(**GREEDY)
     assert answer.content[0].text
     assert answer.stop_reason == "max_tokens"
     assert answer.usage.output_tokens == 30
 
 
 def anthropic_stream(clients: Clients) -> None:
-    options = {"model": MODEL, "max_tokens": 30, "messages": MESSAGES, "temperature": 0}
-    with clients.anthropic.messages.stream(**options) as stream:
-        assert "".join(stream.text_stream) == clients.anthropic.messages.create(**options).content[0].text
+    with clients.anthropic.messages.stream(**GREEDY) as stream:
+        assert "".join(stream.text_stream) == clients.anthropic.messages.create(**GREEDY).content[0].text
         assert stream.get_final_message().usage.output_tokens == 30
 
 
