@@ -9,16 +9,20 @@ import os
 import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import pytest
-from fake_engine import POISON
+from fake_engine import DEADLY, POISON
 from front import Front, open_session, until
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from tidegate.compat.kserve import grpc_service_pb2, grpc_service_pb2_grpc
+from tidegate.engine.client import EngineGone
 from tidegate.service.admission import AdmissionLimits
+from tidegate.service.compat.protocols import Compat
 from tidegate.service.tracing import Tracing
 from tidegate.v1 import inference_pb2
 
@@ -107,6 +111,20 @@ async def refused_in_a_session(front: Front, text: str) -> str:
     return " ".join(str(response.request_error) for response in session.seen)
 
 
+async def deadly_to_the_engine(front: Front, text: str) -> str:
+    return await told(front.inference.GenerateUnary(request(text + DEADLY)))
+
+
+async def wrong_in_anothers_protocol(front: Front, text: str) -> str:
+    infer = grpc_service_pb2.ModelInferRequest(model_name="fake", id=text)
+    infer.inputs.add(name="text_input", datatype="BYTES", shape=[2]).contents.bytes_contents.append(
+        text.encode()
+    )
+    infer.parameters["sampling_parameters"].string_param = f'{{"stop": "{text}", "top_p": 7'
+    stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(front.channel)
+    return await told(stub.ModelInfer(infer))
+
+
 WAYS: list[Way] = [
     computed_to_nan,
     invalid_beside_it,
@@ -119,6 +137,8 @@ WAYS: list[Way] = [
     out_of_time,
     a_client_that_leaves,
     refused_in_a_session,
+    deadly_to_the_engine,
+    wrong_in_anothers_protocol,
 ]
 
 
@@ -127,7 +147,16 @@ async def test_no_prompt_is_in_a_status_a_log_a_metric_or_a_span(
     start_front: Callable[..., Any], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exporter = InMemorySpanExporter()
+    may_restart = True
+
+    async def restart(gone: EngineGone) -> None:
+        if not may_restart:
+            raise gone
+        front.engine.revive()
+
     front = await start_front(
+        restart=restart,
+        compat=Compat(["kserve"], Path(), max_num_seqs=1),
         metrics_address="127.0.0.1:0",
         tracer=Tracing(SimpleSpanProcessor(exporter)),
         admission=AdmissionLimits(tenant_tokens=1500),
@@ -157,6 +186,7 @@ async def test_no_prompt_is_in_a_status_a_log_a_metric_or_a_span(
             return text
 
     metrics = await asyncio.to_thread(scrape)
+    may_restart = False
     front.engine.kill()
     statuses.append(await ending)
     spans = [span.to_json() for span in exporter.get_finished_spans()]
