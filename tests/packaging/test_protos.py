@@ -53,6 +53,7 @@ def test_the_template_generates_what_can_be_generated_without_a_network(tmp_path
         ("uint32 max_waiting = 6;", "uint64 max_waiting = 6;"),
         ("uint32 max_waiting = 6;", "uint32 max_waiting = 60;"),
         ("rpc Abort(AbortRequest) returns (AbortResponse);", ""),
+        ("rpc ListSessions(ListSessionsRequest) returns (ListSessionsResponse);", ""),
     ],
 )
 def test_a_change_that_breaks_clients_is_caught(tmp_path: Path, before: str, after: str) -> None:
