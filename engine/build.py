@@ -27,6 +27,8 @@ from tidegate.engine.torch_trace import TorchTrace
 
 CPU_BLOCK_SIZE = 32
 """On the CPU device 16, 32 and 64 took about the same time a step: the middle one."""
+CPU_STEP_TOKENS = 512
+"""Where nobody says: a step of so many takes a small model tens of milliseconds there."""
 CUDA_PARTS = "tidegate.engine.cuda"
 
 Assemble = Callable[[EngineConfig, Path, bool], DeviceParts]
@@ -61,7 +63,7 @@ def compose(config: EngineConfig, path: Path, parts: DeviceParts) -> EngineCore:
         transfer=transfer,
         hasher=hasher,
         groups=parts.groups,
-        step_tokens=config.max_step_tokens,
+        step_tokens=parts.max_step_tokens,
         host_ready=parts.host_ready,
         host_quota=int(config.tenant_host_share * sizes.host),
     )
@@ -69,7 +71,7 @@ def compose(config: EngineConfig, path: Path, parts: DeviceParts) -> EngineCore:
         Limits(
             max_model_len=sizes.max_model_len,
             max_num_seqs=config.max_num_seqs,
-            max_step_tokens=config.max_step_tokens,
+            max_step_tokens=parts.max_step_tokens,
             park_grace=config.park_grace,
             preemption=config.preemption,
             block_bytes=layout.block_bytes,
@@ -115,11 +117,13 @@ def _cpu_parts(config: EngineConfig, path: Path, progress: bool) -> DeviceParts:
     _say_which_kernels(model.operations)
     layout = model.layout(config.block_size or CPU_BLOCK_SIZE)
     groups = tuple(group.kind for group in model.groups)
+    step_tokens = config.max_step_tokens or CPU_STEP_TOKENS
     sizes = size_tiers(
         config,
         block_size=layout.block_size,
         block_bytes=layout.block_bytes,
         model_len=model.config.sequence_limit(config.max_model_len),
+        step_tokens=step_tokens,
         free=headroom(),
         groups=groups,
     )
@@ -146,6 +150,7 @@ def _cpu_parts(config: EngineConfig, path: Path, progress: bool) -> DeviceParts:
         sizes=sizes,
         transfer=transfer,
         runner=runner,
+        max_step_tokens=step_tokens,
         host_ready=lambda: host_pool.num_ready,
         # Copying takes computing time here.
         write_ahead=0,

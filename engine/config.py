@@ -38,8 +38,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching: bool = True
     max_num_seqs: int = 256
     """Sequences in one step."""
-    max_step_tokens: int = 512
-    """Tokens computed in one step: decodes first, the rest is prefill."""
+    max_step_tokens: int | None = None
+    """Tokens computed in one step: decodes first, the rest is prefill. None: the device's own choice."""
     max_waiting: int = 20_000
     """Requests that may wait; one more is refused."""
     park_grace: float = 0.5
@@ -78,7 +78,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ),
             ("preemption", self.preemption in PREEMPTIONS, f"must be one of {', '.join(PREEMPTIONS)}"),
             ("max_num_seqs", 1 <= self.max_num_seqs <= 4096, "must be between 1 and 4096"),
-            ("max_step_tokens", self.max_step_tokens >= 1, "must be at least 1"),
+            (
+                "max_step_tokens",
+                self.max_step_tokens is None or self.max_step_tokens >= 1,
+                "must be at least 1",
+            ),
             ("max_waiting", self.max_waiting >= 1, "must be at least 1"),
             ("park_grace", self.park_grace >= 0, "must not be negative"),
             ("tenant_host_share", 0 <= self.tenant_host_share <= 1, "must be between 0 and 1"),

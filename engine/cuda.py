@@ -15,13 +15,20 @@ from tidegate.engine.memory.pinned_pool import PinnedPool
 from tidegate.engine.memory.sizing import headroom, size_tiers
 from tidegate.engine.model.cuda_decoder import CudaDecoder
 from tidegate.engine.model.cuda_runner import CudaRunner
+from tidegate.engine.model.linear import PlainLinear
 from tidegate.engine.model.weights import load_weights
 from tidegate.engine.parts import DeviceParts
 from tidegate.engine.request import SamplingParams
 from tidegate.engine.step import Chunk, RowSetup, StepPlan
 
-BLOCK_SIZE = 64
-"""A multiple of the tensor cores' tiles; 8 MiB of Llama-3.1-8B's KV in bf16, a copy of full speed."""
+BLOCK_SIZES = (64, 128)
+"""Multiples of the tensor cores' tiles: the first whose blocks are ``FAST_COPY`` long is taken, or the last.
+64 are 8 MiB of Llama-3.1-8B's KV in bf16."""
+FAST_COPY = 3 * 2**20
+"""Bytes from which a copy runs at nearly the link's full speed: blocks of 1.75 MiB measured 0.85 of it."""
+STEP_TOKENS = 2048
+"""Where nobody says: products of so many tokens run at full speed, and a longer step would only hold up
+those who decode beside it."""
 WRITE_AHEAD = 0.5
 """Share of the link's time beside a step that may go to blocks that nobody has to move yet."""
 
@@ -35,7 +42,7 @@ def assemble(config: EngineConfig, path: Path, progress: bool, device: Device | 
     """
     started = time.perf_counter()
     device = device or _device()
-    model, weights = load_weights(path, config.dtype, device.torch_device, progress)
+    model, weights = load_weights(path, lambda *_: PlainLinear, config.dtype, device.torch_device, progress)
     decoder = CudaDecoder(model, weights, model.sequence_limit(config.max_model_len))
     device.synchronize()
     return parts_of(config, decoder, device, load_seconds=time.perf_counter() - started)
@@ -47,16 +54,18 @@ def parts_of(
     """The parts around a model that is on the device. Raises ``ConfigError``."""
     loaded = time.perf_counter()
     model, model_len = decoder.config, decoder.max_model_len
-    layout = decoder.layout(config.block_size or BLOCK_SIZE)
+    layout = decoder.layout(config.block_size or default_block_size(decoder.layout(BLOCK_SIZES[0])))
     groups = tuple(group.kind for group in decoder.groups)
+    step_tokens = config.max_step_tokens or STEP_TOKENS
     device_free = 0
     if config.device_kv_tokens is None:
-        device_free = _room_for_kv(config, decoder, layout, device)
+        device_free = _room_for_kv(config, decoder, layout, device, step_tokens)
     sizes = size_tiers(
         config,
         block_size=layout.block_size,
         block_bytes=layout.block_bytes,
         model_len=model_len,
+        step_tokens=step_tokens,
         free=headroom(),
         device_free=device_free,
         groups=groups,
@@ -70,7 +79,7 @@ def parts_of(
         layout,
         max_rows=config.max_num_seqs,
         max_model_len=sizes.max_model_len,
-        max_step_tokens=config.max_step_tokens,
+        max_step_tokens=step_tokens,
         eos_token_ids=model.eos_token_ids,
         groups=groups,
     )
@@ -85,11 +94,18 @@ def parts_of(
         sizes=sizes,
         transfer=transfer,
         runner=runner,
+        max_step_tokens=step_tokens,
         host_ready=lambda: host_pool.num_ready,
         write_ahead=WRITE_AHEAD,
         load_seconds=load_seconds,
         pool_seconds=time.perf_counter() - loaded,
     )
+
+
+def default_block_size(layout: BlockLayout) -> int:
+    """Tokens a block, of a model with the KV of this layout."""
+    long_enough = (size for size in BLOCK_SIZES if size * layout.block_bytes >= FAST_COPY * layout.block_size)
+    return next(long_enough, BLOCK_SIZES[-1])
 
 
 def _device() -> CudaDevice:
@@ -98,13 +114,15 @@ def _device() -> CudaDevice:
     return CudaDevice()
 
 
-def _room_for_kv(config: EngineConfig, decoder: CudaDecoder, layout: BlockLayout, device: Device) -> int:
+def _room_for_kv(
+    config: EngineConfig, decoder: CudaDecoder, layout: BlockLayout, device: Device, step_tokens: int
+) -> int:
     """Bytes that the device tier may take: of the share of the device's memory that was asked for, what the
     weights and the largest step leave. Raises ``ConfigError`` where that is nothing.
     """
     device.release_cache()
     memory = device.memory()
-    needed = device.peak_bytes(lambda: _largest_steps(config, decoder, layout, device))
+    needed = device.peak_bytes(lambda: _largest_steps(config, decoder, layout, device, step_tokens))
     device.release_cache()
     allowed = int(memory.total * config.device_memory_fraction)
     room = allowed - (memory.total - memory.free) - needed
@@ -118,12 +136,14 @@ def _room_for_kv(config: EngineConfig, decoder: CudaDecoder, layout: BlockLayout
     return room
 
 
-def _largest_steps(config: EngineConfig, decoder: CudaDecoder, layout: BlockLayout, device: Device) -> None:
+def _largest_steps(
+    config: EngineConfig, decoder: CudaDecoder, layout: BlockLayout, device: Device, tokens: int
+) -> None:
     """As many prompt tokens, and as many decodes, as a step may have. All of them in one block: what it
     holds means nothing.
     """
     pool = layout.allocate(1, device.torch_device).zero_()
-    rows, tokens, model_len = config.max_num_seqs, config.max_step_tokens, decoder.max_model_len
+    rows, model_len = config.max_num_seqs, decoder.max_model_len
     eos, groups = decoder.config.eos_token_ids, [group.kind for group in decoder.groups]
     runner = CudaRunner(decoder, device, pool, layout, rows, model_len, tokens, eos, groups)
     # With penalties: they need a place for all logits in fp32.

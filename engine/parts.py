@@ -23,6 +23,8 @@ class DeviceParts:
     sizes: TierSizes
     transfer: Transfer
     runner: Runner
+    max_step_tokens: int
+    """See ``Limits``."""
     host_ready: Callable[[], int]
     """Blocks of the host tier that can be used by now."""
     write_ahead: float

@@ -160,7 +160,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "block_size",
-        "tokens in a KV block; default: 32 on the CPU, 64 on a GPU",
+        "tokens in a KV block; default: 32 on the CPU, 64 or 128 on a GPU",
         type=int,
         choices=BLOCK_SIZES,
     )
@@ -172,7 +172,12 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("preemption", "what to do with KV that must go", choices=PREEMPTIONS)
     add("prefix_caching", "compute every prompt anew", action="store_const", const=False)
     add("max_num_seqs", "sequences in one step", type=int, metavar="N")
-    add("max_step_tokens", "tokens computed in one step", type=int, metavar="N")
+    add(
+        "max_step_tokens",
+        "tokens computed in one step; default: 512 on the CPU, 2048 on a GPU",
+        type=int,
+        metavar="N",
+    )
     add("max_waiting", "requests that may wait", type=int, metavar="N")
     add("max_waiting_tokens", "their tokens to prefill, all together", type=int, metavar="N")
     add("tenant_requests", "requests of one tenant under way at once", type=int, metavar="N")

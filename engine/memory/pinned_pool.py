@@ -1,9 +1,10 @@
 """The host tier of a CUDA device: memory that its copy engines reach, pinned while the engine serves.
 
 Pinning takes about as long as touching, seconds for a hundred gigabytes. So it goes on in the background,
-from the first block on, in chunks: other threads' calls into CUDA wait while one is pinned, and kernels 6.11
-to 6.13 refuse to pin 2 GB at a time. No block lies across the border of two chunks, because a copy across it
-is refused. Not by torch's allocator of pinned memory: it would round the pool up to a power of two.
+from the first block on, in small chunks: other threads' calls into CUDA wait while one is pinned (10 ms for
+one of 128 MiB), and kernels 6.11 to 6.13 refuse to pin 2 GB at a time. No block lies across the border of two
+chunks, because a copy across it is refused. Not by torch's allocator of pinned memory: it would round the
+pool up to a power of two.
 """
 
 import math
@@ -19,7 +20,7 @@ import torch
 from tidegate.engine.device.streams import Device
 from tidegate.engine.memory.layout import BlockLayout
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 8 * 2**20
 _TOUCH_THREADS = 4
 """Each page is first touched, and thereby placed, by a thread on the cores that this process may use."""
 _ADVICE = "lower host_kv_tokens, or raise the limit of locked memory (ulimit -l)"

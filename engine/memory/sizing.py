@@ -44,18 +44,20 @@ def size_tiers(
     block_size: int,
     block_bytes: int,
     model_len: int,
+    step_tokens: int,
     free: int,
     device_free: int | None = None,
     groups: Sequence[KVGroup] = FULL_ATTENTION,
 ) -> TierSizes:
-    """``model_len`` is what the model allows, or what was asked for; ``free`` is ``headroom()``.
+    """``model_len`` is what the model allows, or what was asked for; ``step_tokens`` the most of
+    one step; ``free`` is ``headroom()``.
     ``device_free``: bytes for the device tier where it has memory of its own. Where the configuration gives
     a tier in tokens, it is what sequences of so many tokens would take that all groups keep.
 
     Raises ``ConfigError`` where the device tier cannot hold one sequence of ``max_model_len``.
     """
     if config.device_kv_tokens is None:
-        longest_one = most_blocks(groups, model_len, config.max_step_tokens, block_size)
+        longest_one = most_blocks(groups, model_len, step_tokens, block_size)
         most = config.max_num_seqs * longest_one + len(groups)
         room = int(free * DEVICE_SHARE) if device_free is None else device_free
         device = min(room // block_bytes, most)
@@ -66,9 +68,7 @@ def size_tiers(
     else:
         host = config.host_kv_tokens // block_size * len(groups)
     # A block a group more than one sequence needs, so that the longest one never waits for its own tail.
-    longest = longest_sequence(
-        groups, device - len(groups), max(model_len, 2), config.max_step_tokens, block_size
-    )
+    longest = longest_sequence(groups, device - len(groups), max(model_len, 2), step_tokens, block_size)
     if longest < min(config.max_model_len or 0, model_len) or longest < 2:
         raise ConfigError(
             f"device_kv_tokens: the device tier holds {longest} tokens of one sequence, and a block "

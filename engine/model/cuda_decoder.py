@@ -1,7 +1,8 @@
 """The decoder on a CUDA device: products by cuBLAS, all between them by the kernels of ``kernels.triton``.
 
 Ten kernels a layer. At small batches their number matters more than their work, so query, key and value are
-one product, rotation and KV write one kernel, and the residual is added where the sum is normalized.
+one product, rotation and KV write one kernel, and the residual is added where the sum is normalized. The
+decode of a single sequence takes seven, with products of its own (``kernels.triton.gemv``).
 
 Legend: T packed tokens, R rows whose logits are wanted, M hidden size, X heads of query, key and value, D
 head size, L positions; the pool's NLCKBD stands in ``engine.memory.layout``.
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 
 from tidegate.engine.memory.layout import BlockLayout, group_layers, places_of
 from tidegate.engine.model.config import ModelConfig
-from tidegate.engine.model.decoder import DecoderWeights, LayerWeights
+from tidegate.engine.model.decoder import DecoderWeights
+from tidegate.engine.model.linear import PlainLinear
 from tidegate.engine.model.rope import Rotary
 from tidegate.kernels.triton.activation import silu_mul
 from tidegate.kernels.triton.attention import AttentionBatch, paged_attention
+from tidegate.kernels.triton.gemv import gemv, gemv_add, gemv_gated
 from tidegate.kernels.triton.norm import add_rms_norm, rms_norm
 from tidegate.kernels.triton.rope_kv_write import rope_kv_write
 
@@ -25,7 +28,7 @@ from tidegate.kernels.triton.rope_kv_write import rope_kv_write
 class CudaDecoder:
     """A loaded model. ``forward`` keeps nothing between calls; the KV cache is the caller's pool."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, max_model_len: int) -> None:
+    def __init__(self, config: ModelConfig, weights: DecoderWeights[PlainLinear], max_model_len: int) -> None:
         self.config = config
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
@@ -71,6 +74,8 @@ class CudaDecoder:
         weights, eps = self._weights, self.config.rms_eps
         angles = self._cos_L1D.index_select(0, positions_T), self._sin_L1D.index_select(0, positions_T)
         residual_TM = F.embedding(token_ids_T, weights.embedding)
+        if len(token_ids_T) == 1 and sample_rows_R is None:
+            return self._decode_one(residual_TM, pool_NLCKBD, batches, *angles)
         last = len(weights.layers) - 1
         x_TM: torch.Tensor | None = None
         for index, layer in enumerate(weights.layers):
@@ -80,7 +85,7 @@ class CudaDecoder:
                 normed_TM = add_rms_norm(x_TM, residual_TM, layer.attention_norm, eps)
             group, place = self._places[index]
             kv_NCKBD = BlockLayout.layer(pool_NLCKBD, place)
-            attended_TX = self._attend(normed_TM, layer, kv_NCKBD, batches[group], *angles)
+            attended_TX = self._attend(layer.qkv(normed_TM), kv_NCKBD, batches[group], *angles)
             if index == last and sample_rows_R is not None:
                 attended_TX = attended_TX.index_select(0, sample_rows_R)
                 residual_TM = residual_TM.index_select(0, sample_rows_R)
@@ -90,10 +95,30 @@ class CudaDecoder:
             raise ValueError("a decoder needs a layer")
         return weights.lm_head(add_rms_norm(x_TM, residual_TM, weights.norm, eps))
 
+    def _decode_one(
+        self,
+        residual_1M: torch.Tensor,
+        pool_NLCKBD: torch.Tensor,
+        batches: Sequence[AttentionBatch],
+        cos_11D: torch.Tensor,
+        sin_11D: torch.Tensor,
+    ) -> torch.Tensor:
+        """The layers and the logits 1V of a single token."""
+        weights, eps = self._weights, self.config.rms_eps
+        for index, layer in enumerate(weights.layers):
+            qkv, o, gate_up, down = layer.qkv, layer.o, layer.gate_up, layer.down
+            qkv_1X = gemv(residual_1M, qkv.weight_OI, qkv.bias_O, (layer.attention_norm, eps))
+            group, place = self._places[index]
+            kv_NCKBD = BlockLayout.layer(pool_NLCKBD, place)
+            attended_1X = self._attend(qkv_1X, kv_NCKBD, batches[group], cos_11D, sin_11D)
+            gemv_add(attended_1X, o.weight_OI, o.bias_O, residual_1M)
+            inner_1F = gemv_gated(residual_1M, gate_up.weight_OI, gate_up.bias_O, (layer.mlp_norm, eps))
+            gemv_add(inner_1F, down.weight_OI, down.bias_O, residual_1M)
+        return weights.lm_head(rms_norm(residual_1M, weights.norm, eps))
+
     def _attend(
         self,
-        x_TM: torch.Tensor,
-        layer: LayerWeights,
+        qkv_TX: torch.Tensor,
         kv_NCKBD: torch.Tensor,
         batch: AttentionBatch,
         cos_T1D: torch.Tensor,
@@ -102,7 +127,7 @@ class CudaDecoder:
         """Heads of each token side by side."""
         config = self.config
         num_heads = config.num_heads + 2 * config.num_kv_heads
-        qkv_TXD = layer.qkv(x_TM).view(len(x_TM), num_heads, config.head_dim)
+        qkv_TXD = qkv_TX.view(len(qkv_TX), num_heads, config.head_dim)
         query_THD = rope_kv_write(
             qkv_TXD, cos_T1D, sin_T1D, kv_NCKBD, batch.slot_blocks_T, batch.slot_offsets_T
         )

@@ -9,6 +9,7 @@ V vocabulary; the pool's NLCKBD stands in ``engine.memory.layout``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,32 +21,35 @@ from tidegate.engine.model.operations import choose_operations
 from tidegate.engine.model.threads import available_cores, threads_for
 from tidegate.kernels.attention import AttentionBatch
 
+P_co = TypeVar("P_co", bound=Projection, covariant=True)
+"""What a device makes of the weights of a product."""
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
+
+@dataclass(frozen=True)
+class LayerWeights(Generic[P_co]):
     attention_norm: torch.Tensor
-    qkv: Projection
+    qkv: P_co
     """Heads of query, then key, then value."""
-    o: Projection
+    o: P_co
     mlp_norm: torch.Tensor
-    gate_up: Projection
+    gate_up: P_co
     """Gate, then up."""
-    down: Projection
+    down: P_co
 
 
-@dataclass(frozen=True, slots=True)
-class DecoderWeights:
+@dataclass(frozen=True)
+class DecoderWeights(Generic[P_co]):
     embedding: torch.Tensor
     """V, M."""
-    layers: list[LayerWeights]
+    layers: list[LayerWeights[P_co]]
     norm: torch.Tensor
-    lm_head: Projection
+    lm_head: P_co
 
 
 class Decoder:
     """A loaded model. ``forward`` keeps nothing between calls; the KV cache is the caller's pool."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
+    def __init__(self, config: ModelConfig, weights: DecoderWeights[Projection]) -> None:
         self.config = config
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device

@@ -4,6 +4,7 @@ Legend: T tokens, I inputs, O outputs.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,18 @@ from tidegate.kernels.cpu.native import NativeKernels
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """TI to TO."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLinear:
+    """A ``Projection`` by torch on a plain weight, which is there for other kernels to read too."""
+
+    weight_OI: torch.Tensor
+    bias_O: torch.Tensor | None
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return F.linear(x_TI, self.weight_OI, self.bias_O)
+
 
 _PACKED_FOR_TOKENS = 64
 """oneDNN chooses its layout for a number of rows; others run on it too, measured no slower."""
@@ -31,7 +44,7 @@ def projection(
     if native is not None:
         return native
     if not _can_pack(weight_OI):
-        return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
+        return PlainLinear(weight_OI, bias_O)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _PACKED_FOR_TOKENS)
     product = torch.ops.mkldnn._linear_pointwise.default
 

@@ -1,6 +1,8 @@
 """A checkpoint's tensors: checked by name and shape against its config, and fused as they are copied."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,7 +10,7 @@ from tqdm import tqdm
 
 from tidegate.engine.config import ConfigError
 from tidegate.engine.model.config import DTYPES, ModelConfig, read_config
-from tidegate.engine.model.decoder import Decoder, DecoderWeights, LayerWeights
+from tidegate.engine.model.decoder import Decoder, DecoderWeights, LayerWeights, P_co
 from tidegate.engine.model.files import TensorFiles
 from tidegate.engine.model.linear import Projection, projection
 from tidegate.engine.model.operations import find_kernels
@@ -23,6 +25,10 @@ _RECOMPUTED = ".rotary_emb.inv_freq"
 """Old checkpoints store it; it follows from the config."""
 
 
+LinearFor = Callable[[ModelConfig, torch.dtype], Callable[[torch.Tensor, torch.Tensor | None], P_co]]
+"""For a model and a dtype, what makes a product of a weight OI and a bias O."""
+
+
 def load_model(
     folder: Path,
     dtype: str | torch.dtype = "auto",
@@ -30,16 +36,17 @@ def load_model(
     progress: bool | None = None,
 ) -> Decoder:
     """The checkpoint in ``folder``, ready to run on the CPU. See ``load_weights``."""
-    return Decoder(*load_weights(folder, dtype, device, progress))
+    return Decoder(*load_weights(folder, _cpu_linear, dtype, device, progress))
 
 
 def load_weights(
     folder: Path,
+    linear: LinearFor[P_co],
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     progress: bool | None = None,
-) -> tuple[ModelConfig, DecoderWeights]:
-    """What the checkpoint in ``folder`` holds, laid out for the device.
+) -> tuple[ModelConfig, DecoderWeights[P_co]]:
+    """What the checkpoint in ``folder`` holds, its products made by ``linear``.
 
     ``dtype`` ``auto`` is what ``config.json`` says, or else what the weights are stored in. ``progress``
     shows a bar on stderr; None shows it on a terminal only. Raises ``ConfigError``, in one line that names
@@ -51,7 +58,14 @@ def load_weights(
         wanted = dtype
     config = read_config(folder)
     with TensorFiles(folder) as files:
-        return config, _load(config, files, wanted, torch.device(device), progress)
+        return config, _load(config, files, linear, wanted, torch.device(device), progress)
+
+
+def _cpu_linear(
+    config: ModelConfig, dtype: torch.dtype
+) -> Callable[[torch.Tensor, torch.Tensor | None], Projection]:
+    found = find_kernels(config, dtype)
+    return partial(projection, kernels=found if isinstance(found, NativeKernels) else None)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -108,19 +122,18 @@ def _checked_shapes(config: ModelConfig, files: TensorFiles) -> dict[str, tuple[
 def _load(
     config: ModelConfig,
     files: TensorFiles,
+    linear: LinearFor[P_co],
     dtype: torch.dtype | None,
     device: torch.device,
     progress: bool | None,
-) -> DecoderWeights:
+) -> DecoderWeights[P_co]:
     """Check every tensor before the first is copied, then copy each straight to its place."""
     shapes = _checked_shapes(config, files)
     embedding = EMBEDDING if EMBEDDING in shapes else LM_HEAD
     tied = not (EMBEDDING in shapes and LM_HEAD in shapes)
     dtype = dtype or config.dtype or files.tensor(embedding).dtype
 
-    found = find_kernels(config, dtype) if device.type == "cpu" else None
-    kernels = found if isinstance(found, NativeKernels) else None
-
+    make = linear(config, dtype)
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
     with tqdm(
         desc="loading weights",
@@ -139,19 +152,19 @@ def _load(
                 bar.update(place.nbytes)
             return stacked
 
-        def linear(prefix: str, *names: str) -> Projection:
+        def product(prefix: str, *names: str) -> P_co:
             weight = stack(*(f"{prefix}{name}.weight" for name in names))
             biases = [f"{prefix}{name}.bias" for name in names]
-            return projection(weight, stack(*biases) if biases[0] in shapes else None, kernels)
+            return make(weight, stack(*biases) if biases[0] in shapes else None)
 
-        def layer_weights(prefix: str) -> LayerWeights:
+        def layer_weights(prefix: str) -> LayerWeights[P_co]:
             return LayerWeights(
                 attention_norm=stack(prefix + "input_layernorm.weight"),
-                qkv=linear(prefix + "self_attn.", "q_proj", "k_proj", "v_proj"),
-                o=linear(prefix + "self_attn.", "o_proj"),
+                qkv=product(prefix + "self_attn.", "q_proj", "k_proj", "v_proj"),
+                o=product(prefix + "self_attn.", "o_proj"),
                 mlp_norm=stack(prefix + "post_attention_layernorm.weight"),
-                gate_up=linear(prefix + "mlp.", "gate_proj", "up_proj"),
-                down=linear(prefix + "mlp.", "down_proj"),
+                gate_up=product(prefix + "mlp.", "gate_proj", "up_proj"),
+                down=product(prefix + "mlp.", "down_proj"),
             )
 
         embedding_VM = stack(embedding)
@@ -159,5 +172,5 @@ def _load(
             embedding=embedding_VM,
             layers=[layer_weights(LAYER.format(layer)) for layer in range(config.num_layers)],
             norm=stack(FINAL_NORM),
-            lm_head=projection(embedding_VM, None, kernels) if tied else linear("", "lm_head"),
+            lm_head=make(embedding_VM, None) if tied else product("", "lm_head"),
         )

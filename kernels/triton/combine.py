@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 
 from tidegate.kernels.triton.decode_plan import DecodePlan
+from tidegate.kernels.triton.device import overlaps_launches
+from tidegate.kernels.triton.overlap import wait_for_kernel_before
 
 # Of fp32, held in registers at a time.
 _TILE_ELEMENTS = 4096
@@ -38,6 +40,7 @@ def combine_items(
 def _launch(partial_IHD: torch.Tensor, lse_IH: torch.Tensor, plan: DecodePlan, out_SHD: torch.Tensor) -> None:
     num_heads, head_dim = partial_IHD.shape[1:]
     head_dim_padded = triton.next_power_of_2(head_dim)
+    overlap = overlaps_launches(out_SHD.device)
     _combine_kernel[(plan.num_sequences, num_heads)](
         out_SHD,
         partial_IHD,
@@ -48,8 +51,10 @@ def _launch(partial_IHD: torch.Tensor, lse_IH: torch.Tensor, plan: DecodePlan, o
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=head_dim_padded,
         ITEMS=_TILE_ELEMENTS // head_dim_padded,
+        OVERLAP=overlap,
         num_warps=4,
         enable_fp_fusion=True,
+        launch_pdl=overlap,
     )
 
 
@@ -64,7 +69,9 @@ def _combine_kernel(
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     ITEMS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_kernel_before(OVERLAP)
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     first = tl.load(first_items_ptr + sequence)

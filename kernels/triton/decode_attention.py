@@ -18,7 +18,9 @@ import triton.language as tl
 
 from tidegate.kernels.triton.combine import combine_items
 from tidegate.kernels.triton.decode_plan import DecodePlan
+from tidegate.kernels.triton.device import overlaps_launches
 from tidegate.kernels.triton.online_softmax import attend
+from tidegate.kernels.triton.overlap import wait_for_kernel_before
 from tidegate.kernels.triton.validate import check_attention
 
 LOG2_E = 1.4426950408889634
@@ -86,6 +88,7 @@ def _launch(
     num_kv_heads, block_size = kv_NCKBD.shape[2:4]
     group = num_heads // num_kv_heads
     tile = _tile(head_dim, query_SHD.dtype)
+    overlap = overlaps_launches(query_SHD.device)
     _decode_kernel[(num_kv_heads, len(plan.items_I4))](
         out_SHD,
         partial_IHD,
@@ -109,9 +112,11 @@ def _launch(
         BLOCK_SIZE=block_size,
         TILE=tile.positions,
         WINDOWED=plan.window is not None,
+        OVERLAP=overlap,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         enable_fp_fusion=True,
+        launch_pdl=overlap,
     )
 
 
@@ -141,7 +146,9 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOWED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_kernel_before(OVERLAP)
     # The KV heads of a block lie side by side, so programs that run together read neighbouring memory.
     kv_head = tl.program_id(0)
     item = tl.program_id(1)

@@ -18,3 +18,9 @@ def compute_capability(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@lru_cache
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it ends (``overlap.py``)."""
+    return device.type == "cuda" and compute_capability(device) >= 90

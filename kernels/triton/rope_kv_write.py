@@ -10,6 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from tidegate.kernels.triton.device import overlaps_launches
+from tidegate.kernels.triton.overlap import wait_for_kernel_before
+
 _HEADS_PER_PROGRAM = 8
 
 
@@ -62,6 +65,7 @@ def _launch(
 ) -> None:
     num_tokens, num_heads_in_all, head_dim = qkv_TXD.shape
     query_norm_D, key_norm_D, eps = norms if norms is not None else (None, None, 0.0)
+    overlap = overlaps_launches(qkv_TXD.device)
     _rope_kv_write_kernel[(num_tokens, triton.cdiv(num_heads_in_all, _HEADS_PER_PROGRAM))](
         query_THD,
         kv_NCKBD,
@@ -82,8 +86,10 @@ def _launch(
         HALF_PADDED=triton.next_power_of_2(head_dim // 2),
         HEADS=_HEADS_PER_PROGRAM,
         NORM=norms is not None,
+        OVERLAP=overlap,
         num_warps=4,
         enable_fp_fusion=True,
+        launch_pdl=overlap,
     )
 
 
@@ -110,7 +116,9 @@ def _rope_kv_write_kernel(
     HALF_PADDED: tl.constexpr,
     HEADS: tl.constexpr,
     NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_kernel_before(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     heads_X = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dims_F = tl.arange(0, HALF_PADDED)

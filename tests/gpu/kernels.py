@@ -11,18 +11,21 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
 from paged_cases import make_case
+from peers import PagedWork, peers
 from timing import copy_bandwidth, matmul_flops, seconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tidegate.kernels.noise import gumbel_noise, noise_keys
 from tidegate.kernels.triton.activation import silu_mul
 from tidegate.kernels.triton.attention import AttentionBatch, paged_attention, write_kv
+from tidegate.kernels.triton.gemv import gemv, gemv_add, gemv_gated
 from tidegate.kernels.triton.norm import add_rms_norm, rms_norm
 from tidegate.kernels.triton.rope_kv_write import rope_kv_write
 from tidegate.kernels.triton.sampling import SamplingRows, sample
@@ -57,12 +60,16 @@ class Timing:
 def check_attention() -> list[Check]:
     checks = []
     for dtype, limit in LIMITS.items():
-        for num_heads, num_kv_heads, head_dim, block_size in (
-            (32, 8, 128, 64),
-            (7, 1, 80, 16),
-            (16, 1, 256, 32),
-            (4, 4, 64, 64),
-            (6, 2, 96, 32),
+        for num_heads, num_kv_heads, head_dim, block_size, window in (
+            (32, 8, 128, 64, None),
+            (7, 1, 80, 16, None),
+            (16, 1, 256, 32, None),
+            (4, 4, 64, 64, None),
+            (6, 2, 96, 32, None),
+            (32, 8, 128, 64, 512),
+            (7, 1, 80, 16, 33),
+            (16, 1, 256, 32, 1),
+            (4, 4, 64, 128, 100),
         ):
             case = make_case(
                 MIXED,
@@ -72,6 +79,7 @@ def check_attention() -> list[Check]:
                 block_size=block_size,
                 dtype=dtype,
                 device="cuda",
+                window=window,
             )
             batch = AttentionBatch.build(
                 case.num_decodes,
@@ -80,9 +88,12 @@ def check_attention() -> list[Check]:
                 case.block_tables_SM,
                 case.kv_NCKBD,
                 num_heads,
+                window,
             )
             write_kv(case.key_TKD, case.value_TKD, case.kv_NCKBD, batch)
-            name = f"attention {_short(dtype)} H{num_heads} K{num_kv_heads} D{head_dim} B{block_size}"
+            name = (
+                f"attention {_short(dtype)} H{num_heads} K{num_kv_heads} D{head_dim} B{block_size} W{window}"
+            )
             for again in ("", ", again"):
                 out_THD = paged_attention(case.query_THD, case.kv_NCKBD, batch, case.scale)
                 checks.append(Check(name + again, max(case.errors(out_THD)), limit))
@@ -169,6 +180,35 @@ def check_rest() -> list[Check]:
     return checks
 
 
+def check_gemv() -> list[Check]:
+    """With rows of 8B and of an odd size."""
+    checks = []
+    for dtype, limit in LIMITS.items():
+        for num_inputs, num_outputs in ((4096, 6144), (1100, 70), (14_336, 4096)):
+            weight_OI = (torch.randn(num_outputs, num_inputs, device="cuda") / num_inputs**0.5).to(dtype)
+            bias_O = torch.randn(num_outputs, device="cuda").to(dtype)
+            norm_I = torch.randn(num_inputs, device="cuda").to(dtype)
+            x_1I = torch.randn(1, num_inputs, device="cuda").to(dtype)
+            normed_1I = F.rms_norm(x_1I.double(), (num_inputs,), norm_I.double(), 1e-5)
+            expected_1O = F.linear(normed_1I, weight_OI.double(), bias_O.double())
+            gate_1F, up_1F = expected_1O.chunk(2, 1)
+            residual_1O = torch.randn(1, num_outputs, device="cuda").to(dtype)
+            sum_1O = residual_1O + F.linear(x_1I.double(), weight_OI.double(), bias_O.double())
+            gemv_add(x_1I, weight_OI, bias_O, residual_1O)
+            got_1F = gemv_gated(x_1I, weight_OI, bias_O, (norm_I, 1e-5))
+            shape = f"{_short(dtype)} {num_outputs} x {num_inputs}"
+            checks += [
+                Check(
+                    f"norm + product of one token {shape}",
+                    _error(gemv(x_1I, weight_OI, bias_O, (norm_I, 1e-5)), expected_1O),
+                    limit,
+                ),
+                Check(f"  with SiLU {shape}", _error(got_1F, F.silu(gate_1F) * up_1F), limit),
+                Check(f"  with residual {shape}", _error(residual_1O, sum_1O), limit),
+            ]
+    return checks
+
+
 def check_sampling() -> list[Check]:
     """Against a full sort, on a large vocabulary; the share of rows whose token differs."""
     num_rows, vocab_size = 64, 152_064
@@ -214,16 +254,31 @@ class Pool:
     """Random sequences in a pool of several layers: as many launches as layers read different data."""
 
     batch: AttentionBatch
-    pool_NLCKBD: torch.Tensor
-    query_THD: torch.Tensor
+    work: PagedWork
 
     @property
     def launches(self) -> list[Callable[[], object]]:
-        scale = self.query_THD.shape[-1] ** -0.5
+        query_THD, pool_NLCKBD, scale = self.work.query_THD, self.work.pool_NLCKBD, self.work.scale
         return [
-            lambda layer=layer: paged_attention(self.query_THD, self.pool_NLCKBD[:, layer], self.batch, scale)
-            for layer in range(self.pool_NLCKBD.shape[1])
+            lambda layer=layer: paged_attention(query_THD, pool_NLCKBD[:, layer], self.batch, scale)
+            for layer in range(pool_NLCKBD.shape[1])
         ]
+
+    def time(self) -> tuple[float, list[tuple[str, float]]]:
+        """Seconds of one launch, and of each peer's that gives the same."""
+        mine = self.launches
+        expected_THD = mine[0]()
+        times = []
+        for name, plan in peers(self.work):
+            try:
+                launches = plan()
+                error = _error(launches[0](), expected_THD)
+                if not error < LIMITS[torch.bfloat16]:
+                    raise ValueError(f"computes something else: error {error:.1e}")
+                times.append((name, seconds(launches)))
+            except (RuntimeError, TypeError, ValueError) as problem:
+                print(f"peer {name} left out: {str(problem)[:300]}", flush=True)
+        return seconds(mine), times
 
 
 def make_pool(
@@ -232,6 +287,7 @@ def make_pool(
     block_size: int = 64,
     num_layers: int = 2,
     layer_major: bool = False,
+    window: int | None = None,
 ) -> Pool:
     num_heads, num_kv_heads, head_dim = model
     num_blocks = [-(-context // block_size) for _, context in shapes]
@@ -247,9 +303,11 @@ def make_pool(
     starts = [0, *np.cumsum([count for count, _ in shapes]).tolist()]
     num_decodes = len(shapes) if shapes[0][0] == 1 else 0
     batch = AttentionBatch.build(
-        num_decodes, starts, [context for _, context in shapes], tables_SM, pool[:, 0], num_heads
+        num_decodes, starts, [context for _, context in shapes], tables_SM, pool[:, 0], num_heads, window
     )
-    return Pool(batch, pool, torch.randn(starts[-1], num_heads, head_dim, device="cuda").bfloat16())
+    query_THD = torch.randn(starts[-1], num_heads, head_dim, device="cuda").bfloat16()
+    lens = [context for _, context in shapes]
+    return Pool(batch, PagedWork(pool, query_THD, batch.block_tables_SM, lens, starts))
 
 
 def time_decode(bandwidth: float) -> list[Timing]:
@@ -266,15 +324,24 @@ def time_decode(bandwidth: float) -> list[Timing]:
         ("8B, 1 x 1k", [1024], LLAMA_8B, {"num_layers": 32}),
         ("1.5B, 64 x 4k", [4096] * 64, QWEN_1_5B, {"num_layers": 4}),
         ("1.5B, 1 x 1k", [1024], QWEN_1_5B, {"num_layers": 64}),
+        ("8B, 64 x 4k, window of 1k", [4096] * 64, LLAMA_8B, {"num_layers": 8, "window": 1024}),
         ("D 64, 64 x 4k", [4096] * 64, HEAD_64, {}),
         ("D 256, 64 x 2k", [2048] * 64, HEAD_256, {}),
     ):
         pool = make_pool([(1, length) for length in lens], model, **options)
-        elapsed = seconds(pool.launches)
+        if "window" in options:
+            elapsed, others = seconds(pool.launches), []
+            lens = [min(length, options["window"]) for length in lens]
+        else:
+            elapsed, others = pool.time()
         num_bytes = sum(lens) * 2 * model[1] * model[2] * 2
-        timings.append(
-            Timing(f"decode {name}", elapsed * 1e6, num_bytes / elapsed / bandwidth, "copy bandwidth")
-        )
+        timings += [
+            Timing(label, spent * 1e6, num_bytes / spent / bandwidth, "copy bandwidth")
+            for label, spent in [
+                (f"decode {name}", elapsed),
+                *((f"  {peer}", spent) for peer, spent in others),
+            ]
+        ]
     return timings
 
 
@@ -292,9 +359,15 @@ def time_prefill() -> list[Timing]:
     ):
         num_heads, _, head_dim = model
         pool = make_pool(shapes, model)
-        elapsed = seconds(pool.launches)
+        elapsed, others = pool.time()
         flops = sum(4 * num_heads * head_dim * (n * x - n * (n - 1) / 2) for n, x in shapes)
-        timings.append(Timing(f"prefill {name}", elapsed * 1e6, flops / elapsed / 1e12, "TFLOP/s"))
+        timings += [
+            Timing(label, spent * 1e6, flops / spent / 1e12, "TFLOP/s")
+            for label, spent in [
+                (f"prefill {name}", elapsed),
+                *((f"  {peer}", spent) for peer, spent in others),
+            ]
+        ]
         if len(shapes) == 1 and shapes[0][0] == shapes[0][1]:
             timings += time_torch_prefill(shapes[0][0], num_heads, head_dim, flops)
     return timings
@@ -352,6 +425,37 @@ def time_layer(num_tokens: int, bandwidth: float) -> list[Timing]:
     return timings
 
 
+def time_gemv(bandwidth: float) -> list[Timing]:
+    """Products of one token, against torch's of the same weights without what surrounds them."""
+    timings = []
+    for name, ours, num_inputs, num_outputs in (
+        ("8B, norm + QKV", gemv, 4096, 6144),
+        ("8B, norm + gate and up + SiLU", gemv_gated, 4096, 28_672),
+        ("8B, down + residual", gemv_add, 14_336, 4096),
+        ("1.5B, norm + QKV", gemv, 1536, 2048),
+        ("1.5B, norm + gate and up + SiLU", gemv_gated, 1536, 17_920),
+        ("1.5B, down + residual", gemv_add, 8960, 1536),
+        ("1.5B, norm + LM head", gemv, 1536, 151_936),
+    ):
+        num_bytes = 2 * num_inputs * num_outputs
+        sets = max(1, int(200e6 / num_bytes))
+        weights = [torch.randn(num_outputs, num_inputs, device="cuda").bfloat16() for _ in range(sets)]
+        x_1I = torch.randn(1, num_inputs, device="cuda").bfloat16()
+        norm = torch.randn(num_inputs, device="cuda").bfloat16(), 1e-5
+        last = torch.randn(1, num_outputs, device="cuda").bfloat16() if ours is gemv_add else norm
+        timings += [
+            Timing(label, spent * 1e6, num_bytes / spent / bandwidth, "copy bandwidth")
+            for label, spent in (
+                (name, seconds([partial(ours, x_1I, weight, None, last) for weight in weights])),
+                (
+                    "  torch, the product alone",
+                    seconds([partial(F.linear, x_1I, weight) for weight in weights]),
+                ),
+            )
+        ]
+    return timings
+
+
 def time_sampling(num_rows: int, bandwidth: float) -> list[Timing]:
     """With each kind of filter alone; the work is one pass over the logits."""
     vocab_size = 152_064
@@ -387,7 +491,8 @@ def main() -> int:
     print(f"{device}, torch {torch.__version__}, triton {triton.__version__}")
     checks: list[Check] = []
     if arguments.part != "time":
-        checks = check_attention() + check_graph_replay() + check_rest() + check_sampling()
+        checks = check_attention() + check_graph_replay() + check_rest() + check_gemv()
+        checks += check_sampling()
         for check in checks:
             verdict = "ok   " if check.passed else "WRONG"
             print(f"{verdict} {check.name:55} {check.error:.2e} of {check.limit:.0e}")
@@ -396,6 +501,7 @@ def main() -> int:
         bandwidth, flops = copy_bandwidth(), matmul_flops()
         print(f"copy {bandwidth / 1e12:.2f} TB/s read and written, bf16 product {flops / 1e12:.0f} TFLOP/s")
         timings = time_decode(bandwidth) + time_prefill()
+        timings += time_gemv(bandwidth)
         for num_tokens in (1, 64, 8192):
             timings += time_layer(num_tokens, bandwidth)
         for num_rows in (1, 64, 256):

@@ -21,6 +21,7 @@ from tidegate.engine.device.streams import Device
 from tidegate.engine.memory.layout import BlockLayout
 from tidegate.engine.messages import Limit, Submit
 from tidegate.engine.model.cuda_decoder import CudaDecoder
+from tidegate.engine.model.linear import PlainLinear
 from tidegate.engine.model.weights import load_weights
 from tidegate.engine.request import Request, SamplingParams
 from tidegate.kernels.triton.attention import AttentionBatch
@@ -95,7 +96,7 @@ def fp32_tokens(report: Report) -> None:
         else:
             models["demo"] = "demo"
         for name, model in models.items():
-            vocab_size = load_weights(resolve(model))[0].vocab_size
+            vocab_size = load_weights(resolve(model), lambda *_: PlainLinear)[0].vocab_size
             asked = requests(vocab_size, count)
             expected = run(
                 None, model, asked, WAYS.get("room for all", {}) | {"host_kv_tokens": 0}, False
@@ -171,7 +172,8 @@ def bf16_logits(report: Report) -> None:
             )
             reference = _transformers(path, torch.float64, device)(tokens_T)
             theirs = _transformers(path, torch.float32 if DRY else torch.bfloat16, device)(tokens_T)
-            config, weights = load_weights(path, "float32" if DRY else "bfloat16", device.torch_device)
+            dtype = "float32" if DRY else "bfloat16"
+            config, weights = load_weights(path, lambda *_: PlainLinear, dtype, device.torch_device)
             decoder = CudaDecoder(config, weights, 512)
             limit = 1.25 * max(_relative(theirs, reference), 1e-6)
             prefill_TV, decode_TV = _our_logits(decoder, tokens_T, device)

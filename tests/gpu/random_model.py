@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from tidegate.engine import cuda
 from tidegate.engine.build import compose
@@ -13,7 +12,7 @@ from tidegate.engine.device.streams import Device
 from tidegate.engine.model.config import DefaultRope, ModelConfig
 from tidegate.engine.model.cuda_decoder import CudaDecoder
 from tidegate.engine.model.decoder import DecoderWeights, LayerWeights
-from tidegate.engine.model.linear import Projection
+from tidegate.engine.model.linear import PlainLinear
 
 
 def _shape(name: str, num_layers: int, **sizes: int | bool | float) -> ModelConfig:
@@ -79,10 +78,10 @@ def random_decoder(shape: ModelConfig, device: Device, max_model_len: int = 2048
         tensor = torch.empty(sizes, dtype=dtype, device=device.torch_device)
         return tensor.normal_(std=scale, generator=generator)
 
-    def projection(outputs: int, inputs: int, bias: bool) -> Projection:
+    def projection(outputs: int, inputs: int, bias: bool) -> PlainLinear:
         weight_OI = random(outputs, inputs, scale=inputs**-0.5)
         bias_O = random(outputs, scale=0.1) if bias else None
-        return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
+        return PlainLinear(weight_OI, bias_O)
 
     hidden, inner, queries = shape.hidden_size, shape.intermediate_size, shape.num_heads * shape.head_dim
     qkv = queries + 2 * shape.num_kv_heads * shape.head_dim
@@ -100,7 +99,7 @@ def random_decoder(shape: ModelConfig, device: Device, max_model_len: int = 2048
         for _ in range(shape.num_layers)
     ]
     if shape.tie_embeddings:
-        head: Projection = lambda x_TM: F.linear(x_TM, embedding_VM)  # noqa: E731
+        head = PlainLinear(embedding_VM, None)
     else:
         head = projection(shape.vocab_size, hidden, False)
     return CudaDecoder(shape, DecoderWeights(embedding_VM, layers, ones, head), max_model_len)

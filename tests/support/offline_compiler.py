@@ -29,7 +29,7 @@ _POINTERS = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 
 
 @dataclass

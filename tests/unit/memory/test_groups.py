@@ -58,8 +58,8 @@ def test_the_longest_sequence_is_what_all_groups_hold_together() -> None:
 
 
 def test_a_model_of_windows_alone_takes_sequences_longer_than_the_device_tier() -> None:
-    config = EngineConfig(model="m", device_kv_tokens=256, host_kv_tokens=0, max_step_tokens=32)
-    given = {"block_size": 16, "block_bytes": 1024, "model_len": 4096, "free": 1 << 30}
+    config = EngineConfig(model="m", device_kv_tokens=256, host_kv_tokens=0)
+    given = {"block_size": 16, "block_bytes": 1024, "model_len": 4096, "step_tokens": 32, "free": 1 << 30}
     windows = size_tiers(config, **given, groups=(KVGroup(window=64),))
     assert (windows.device, windows.max_model_len) == (16, 4096)
     both = size_tiers(config, **given, groups=(KVGroup(window=64), KVGroup()))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tidegate.kernels.triton.activation import silu_mul
+from tidegate.kernels.triton.gemv import gemv, gemv_add, gemv_gated
 from tidegate.kernels.triton.norm import add_rms_norm, rms_norm
 from tidegate.kernels.triton.rope_kv_write import rope_kv_write
 
@@ -72,6 +73,45 @@ def test_rope_turns_query_and_key_and_fills_the_slots_alone(
     assert torch.equal(pool[blocks_T, 1, 1, :, offsets_T], qkv_TXD[:, turned:])
     pool[blocks_T, 1, :, :, offsets_T] = torch.nan
     assert pool.isnan().all()
+
+
+@DTYPES
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(8, 1), (1100, 70), (2048, 9)])
+def test_the_product_of_one_token_and_what_surrounds_it(num_inputs, num_outputs, dtype, limit):
+    """With inputs and outputs that fill no tile."""
+    x_1I = torch.randn(1, num_inputs).to(dtype)
+    weight_OI = (torch.randn(2 * num_outputs, num_inputs) / num_inputs**0.5).to(dtype)
+    norm_I = torch.randn(num_inputs).to(dtype)
+    normed_1I = F.rms_norm(x_1I.double(), (num_inputs,), norm_I.double(), 1e-5)
+    for bias_O in (torch.randn(2 * num_outputs).to(dtype), None):
+        wide_O = None if bias_O is None else bias_O.double()
+        expected_1O = F.linear(normed_1I, weight_OI.double(), wide_O)
+        assert relative_error(gemv(x_1I, weight_OI, bias_O, (norm_I, 1e-5)), expected_1O) < limit
+        gate_1F, up_1F = expected_1O.chunk(2, 1)
+        got_1F = gemv_gated(x_1I, weight_OI, bias_O, (norm_I, 1e-5))
+        assert relative_error(got_1F, F.silu(gate_1F) * up_1F) < limit
+        plain_1O = F.linear(x_1I.double(), weight_OI.double(), wide_O)
+        assert relative_error(gemv(x_1I, weight_OI, bias_O, None), plain_1O) < limit
+        residual_1O = torch.randn(plain_1O.shape).to(dtype)
+        plain_1O += residual_1O.double()
+        gemv_add(x_1I, weight_OI, bias_O, residual_1O)
+        assert relative_error(residual_1O, plain_1O) < limit
+
+
+@pytest.mark.parametrize(
+    ("x_1I", "weight_OI", "bias_O", "residual_1O", "message"),
+    [
+        (torch.zeros(2, 8), torch.zeros(4, 8), None, torch.zeros(2, 4), "x_1I"),
+        (torch.zeros(1, 8), torch.zeros(4, 9), None, torch.zeros(1, 4), "weight_OI"),
+        (torch.zeros(1, 8), torch.zeros(4, 8).half(), None, torch.zeros(1, 4), "weight_OI"),
+        (torch.zeros(1, 8), torch.zeros(4, 8), torch.zeros(3), torch.zeros(1, 4), "bias_O"),
+        (torch.zeros(1, 8), torch.zeros(4, 8), None, torch.zeros(1, 5), "residual_1O"),
+        (torch.zeros(1, 8), torch.zeros(4, 8), None, torch.zeros(1, 8)[:, ::2], "residual_1O"),
+    ],
+)
+def test_a_product_of_one_token_says_what_does_not_fit(x_1I, weight_OI, bias_O, residual_1O, message):
+    with pytest.raises(ValueError, match=message):
+        gemv_add(x_1I, weight_OI, bias_O, residual_1O)
 
 
 def test_what_does_not_fit_is_named():
