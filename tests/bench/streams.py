@@ -1,17 +1,17 @@
 """How many streams the front holds: all opened at once, each with a token, and what each costs in memory.
 
+    export PYTHONPATH=tests/support
     python tests/bench/streams.py --requests 10000
     python tests/bench/streams.py --requests 10000 --sessions 8
 
-The engine, the front and the client are processes of their own, as in ``delivery.py``. Without
-``--sessions`` each request is a ``Generate``. Every request then runs to its end, and how each ended is
-counted: anything but max_tokens is unexplained here.
+The engine, the front and the client are processes of their own (see ``timed_front.py``). Without
+``--sessions`` each request is a ``Generate``. A request gets its first token at once and its last one when
+all have long been open. How each ended is counted: anything but max_tokens is unexplained here.
 """
 
 import argparse
 import asyncio
 import json
-import os
 import time
 from collections import Counter
 from typing import Any
@@ -19,13 +19,14 @@ from typing import Any
 import grpc.aio
 import psutil
 import uvloop
-from delivery import serving
+from timed_front import TimedFront, serving
 
 from tidegate.v1 import events_pb2, inference_pb2, inference_pb2_grpc, session_pb2
 
 CHANNELS = 8
 OPTIONS = (("grpc.use_local_subchannel_pool", 1),)
-TOKENS = 4
+TOKENS = 2
+STEP_SECONDS = 0.02
 AT_ONCE = 50
 """Requests that one message of a session starts."""
 
@@ -33,9 +34,15 @@ AT_ONCE = 50
 class Tally:
     def __init__(self, expected: int) -> None:
         self.ends: Counter[str] = Counter()
+        self.ended_early = 0
+        """Before all were open."""
         self.all_open = asyncio.Event()
         self._expected = expected
         self._open: set[str] = set()
+
+    def end(self, how: str) -> None:
+        self.ends[how] += 1
+        self.ended_early += not self.all_open.is_set()
 
     def token(self, request_id: str) -> None:
         self._open.add(request_id)
@@ -55,9 +62,9 @@ async def one_rpc(stub: Any, number: int, tally: Tally) -> None:
             if response.HasField("batch"):
                 tally.token(request_id)
             elif response.HasField("finished"):
-                tally.ends[events_pb2.FinishReason.Name(response.finished.choices[0].reason)] += 1
+                tally.end(events_pb2.FinishReason.Name(response.finished.choices[0].reason))
     except grpc.aio.AioRpcError as error:
-        tally.ends[f"{error.code().name}: {error.details()}"] += 1
+        tally.end(f"{error.code().name}: {error.details()}")
 
 
 async def one_session(channel: grpc.aio.Channel, number: int, requests: int, tally: Tally) -> None:
@@ -85,10 +92,10 @@ async def one_session(channel: grpc.aio.Channel, number: int, requests: int, tal
                 for delta in response.batch.deltas:
                     tally.token(delta.request_id)
             case "finished":
-                tally.ends[events_pb2.FinishReason.Name(response.finished.choices[0].reason)] += 1
+                tally.end(events_pb2.FinishReason.Name(response.finished.choices[0].reason))
                 left -= 1
             case "request_error":
-                tally.ends[str(response.request_error.status.message)] += 1
+                tally.end(str(response.request_error.status.message))
                 left -= 1
             case _:
                 pass
@@ -98,8 +105,8 @@ async def one_session(channel: grpc.aio.Channel, number: int, requests: int, tal
         pass
 
 
-async def measure(options: argparse.Namespace, address: str, pid: int) -> dict[str, Any]:
-    process = psutil.Process(pid)
+async def measure(options: argparse.Namespace, front: TimedFront) -> dict[str, Any]:
+    process, address = front.process, front.address
     tally = Tally(options.requests)
     channels = [grpc.aio.insecure_channel(address, options=OPTIONS) for _ in range(CHANNELS)]
     # What a first request brings along is no stream's.
@@ -131,6 +138,7 @@ async def measure(options: argparse.Namespace, address: str, pid: int) -> dict[s
         "all_have_a_token_after_s": round(opened, 2),
         "front_cpu_until_then_s": round(cpu - cpu_before, 2),
         "kb_each": round((rss - before) / options.requests / 1024, 1),
+        "ended_before_all_were_open": tally.ended_early,
         "ends": dict(tally.ends),
     }
 
@@ -145,11 +153,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--sessions", type=int, default=0)
     parser.add_argument("--patience", type=float, default=120)
-    parser.add_argument("--step-seconds", type=float, default=0.5)
+    parser.add_argument("--hold", type=float, default=15, help="seconds from the first token to the last")
     options = parser.parse_args()
-    os.environ["STEP_SECONDS"] = str(options.step_seconds)
-    with serving() as (address, pid):
-        print(json.dumps(uvloop.run(measure(options, address, pid)), indent=1))
+    with serving(STEP_SECONDS, round(options.hold / STEP_SECONDS)) as front:
+        print(json.dumps(uvloop.run(measure(options, front)), indent=1))
 
 
 if __name__ == "__main__":
