@@ -352,6 +352,21 @@ class TextStream:
     the longest.
     """
 
+    __slots__ = (
+        "_detokenizer",
+        "_held",
+        "_include_stop",
+        "_is_clear",
+        "_min_tokens",
+        "_plain",
+        "_skip_special_tokens",
+        "_state",
+        "_stops",
+        "_text",
+        "num_tokens",
+        "stop",
+    )
+
     def __init__(self, text: Text, params: SamplingParams) -> None:
         self.num_tokens = 0
         """Output tokens so far."""

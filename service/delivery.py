@@ -5,7 +5,6 @@ something to take: a stream that is behind finds more in the logs and sends fewe
 """
 
 import asyncio
-from collections import deque
 from typing import Protocol
 
 from tidegate.service.errors import Failure
@@ -66,13 +65,15 @@ class Delivery:
     Where it writes, requests keep what is new and are marked.
     """
 
+    __slots__ = ("_closed", "_failure", "_notices", "_ready", "_waiter", "passing_on", "waiting_chars")
+
     def __init__(self) -> None:
         self.waiting_chars = 0
         """Text that was made and not taken yet."""
         self._notices: list[Event] = []
         self.passing_on: list[Delta] | None = None
         """While the writer waits: what it will write, each one token of a request that is not marked."""
-        self._ready: deque[Source] = deque()
+        self._ready: list[Source] = []
         self._closed = False
         self._failure: Failure | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -124,10 +125,11 @@ class Delivery:
             events, self._notices = self._notices, []
             passed_on, self.passing_on = self.passing_on or [], None
             flush = Flush(passed_on)
-            for _ in range(len(self._ready)):
+            ready, self._ready = self._ready, []
+            for index, source in enumerate(ready):
                 if flush.room <= 0:
+                    self._ready = ready[index:] + self._ready
                     break
-                source = self._ready.popleft()
                 if source.listener is self:  # else it has another stream by now
                     source.is_marked = False
                     source.collect(flush)

@@ -40,6 +40,45 @@ class Generation:
     Unless its client left: ``abandon`` ends it without a word.
     """
 
+    __slots__ = (
+        "_admitted",
+        "_admitted_at",
+        "_admitted_is_sent",
+        "_arrived_at",
+        "_choices",
+        "_content_is_known",
+        "_credit",
+        "_end_is_sent",
+        "_first_token_at",
+        "_limit",
+        "_num_choices",
+        "_on_end",
+        "_queue_position",
+        "_raise_at",
+        "_request",
+        "_send",
+        "_share",
+        "_timer",
+        "_token_bytes",
+        "_unread",
+        "_usage",
+        "_with_prompt",
+        "conversation",
+        "deadline",
+        "digest",
+        "end",
+        "engine_id",
+        "is_admitted",
+        "is_ended",
+        "is_marked",
+        "keeper",
+        "lease_seconds",
+        "listener",
+        "request_id",
+        "tenant",
+    )
+    # Ten thousand of them may be open.
+
     def __init__(
         self,
         request_id: str,
@@ -102,7 +141,8 @@ class Generation:
         self._arrived_at = time.monotonic()
         self._admitted_at: float | None = None
         self._first_token_at: float | None = None
-        self._has_content = asyncio.Event()
+        self._content_is_known: asyncio.Event | None = None
+        """Made for the first one who waits for it."""
         self._timer: asyncio.TimerHandle | None = None
         if time_limit is not None:
             self._timer = asyncio.get_running_loop().call_later(max(0.0, time_limit), self.expire)
@@ -122,7 +162,8 @@ class Generation:
         self._choices = [
             Choice(self.request_id, index, text, request.params, given) for index in range(self._num_choices)
         ]
-        self._has_content.set()
+        if self._content_is_known is not None:
+            self._content_is_known.set()
         self._limit = len(given)
         self._limit = request.emit_upto = self._next_limit()
         if given:
@@ -132,7 +173,10 @@ class Generation:
 
     async def has_content(self) -> None:
         """Wait until its prompt has been read, or it has ended before."""
-        await self._has_content.wait()
+        if self._request is None and not self.is_ended:
+            if self._content_is_known is None:
+                self._content_is_known = asyncio.Event()
+            await self._content_is_known.wait()
 
     def grant(self, upto: int) -> None:
         """Credit from the client: absolute, the larger wins."""
@@ -494,7 +538,8 @@ class Generation:
         if self._share is not None and self._limit is not None:
             running = [choice for choice in self._choices if choice.end is None]
             self._share.give_back(sum(self._limit - len(choice.token_ids) for choice in running), unused=True)
-        self._has_content.set()
+        if self._content_is_known is not None:
+            self._content_is_known.set()
         self._mark()
         self._on_end(self)
         return True

@@ -18,6 +18,9 @@ from tidegate.service.metrics import RpcMetrics
 from tidegate.service.observe import Tracer
 from tidegate.service.stalls import Stalls
 
+MAX_METHODS = 256
+"""More than there are: while a model loads, strangers may make up names of methods."""
+
 Handler = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Any]
 Parse = Callable[[bytes], Message]
 
@@ -47,6 +50,8 @@ class Guard(grpc.aio.ServerInterceptor):
         self._role = role
         self._metrics = metrics
         self._tracer = tracer
+        self._guarded: dict[str, tuple[object, object]] = {}
+        """What was made of a method's handler: it stays the same, but for the one that a model's replaces."""
 
     async def intercept_service(
         self,
@@ -56,7 +61,17 @@ class Guard(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:  # an unknown method: UNIMPLEMENTED, by gRPC
             return None
-        method, parse = handler_call_details.method, handler.request_deserializer
+        method = handler_call_details.method
+        known, guarded = self._guarded.get(method, (None, None))
+        if known is not handler:
+            if len(self._guarded) >= MAX_METHODS:
+                self._guarded.clear()
+            guarded = self._guard_handler(method, handler)
+            self._guarded[method] = handler, guarded
+        return guarded
+
+    def _guard_handler(self, method: str, handler: Any) -> Any:
+        parse = handler.request_deserializer
         if handler.request_streaming and handler.response_streaming:
             behavior = self._guard(method, self._streaming(handler.stream_stream, _each(parse)))
             return grpc.stream_stream_rpc_method_handler(behavior, None, handler.response_serializer)
