@@ -33,8 +33,9 @@ STOP_SECONDS = 2.0
 """For RPCs to write their last messages, once their requests have ended."""
 SIDE_STOP_SECONDS = 0.5
 """For the answers of those that serve probes and operators."""
-LOADING_SECONDS = 1.0
-"""A client refused while the model loads is told to come back then: how long it will take, nobody knows."""
+LOADING_SECONDS = 5.0
+"""A client refused while the model loads is told to come back then. How long it takes, nobody knows; the five
+attempts that gRPC's own retries make at most shall outlast most starts."""
 
 GRPC_OPTIONS = (
     # Two servers would share a port without a word.

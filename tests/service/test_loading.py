@@ -22,6 +22,7 @@ from tidegate.service.server import Server, start_server
 from tidegate.v1 import admin_pb2, admin_pb2_grpc, control_pb2, control_pb2_grpc, inference_pb2
 from tidegate.v1.inference_pb2_grpc import InferenceServiceStub
 
+ROOT = Path(__file__).parents[2]
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 REQUEST: dict[str, Any] = {"prompt": {"text": "the tide"}, "sampling": {"max_tokens": 3}}
@@ -161,6 +162,18 @@ async def test_our_client_waits_for_the_model(listener: Listener) -> None:
         await refused(listener, "Session")
         async with loaded(listener):
             assert (await answer).text == await text != ""
+
+
+async def test_generated_stubs_wait_for_the_model_by_the_examples_configuration(listener: Listener) -> None:
+    """gRPC itself tries again, when our trailer says."""
+    service_config = (ROOT / "protos" / "examples" / "service_config.json").read_text()
+    options = [("grpc.service_config", service_config)]
+    async with grpc.aio.insecure_channel(listener.addresses[0], options=options) as channel:
+        call = InferenceServiceStub(channel).GenerateUnary(inference_pb2.GenerateUnaryRequest(**REQUEST))
+        answer = asyncio.ensure_future(call)
+        await refused(listener, "GenerateUnary")
+        async with loaded(listener):
+            assert (await answer).finished.usage.output_tokens == 3
 
 
 async def test_metrics_can_be_scraped_before_there_is_anything_to_tell(listener: Listener) -> None:
