@@ -1,7 +1,11 @@
 """NVIDIA Dynamo in front of us: its frontend speaks HTTP, its sidecar ``openengine.v1``."""
 
 import asyncio
+import contextlib
+import os
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc.aio
 import pytest
@@ -15,7 +19,7 @@ from compat_clients import (
     try_feature,
     wait_for_model,
 )
-from served import Served, load_when
+from served import Served, load_when, served
 
 from tidegate.engine.demo import checkpoint_path
 
@@ -38,10 +42,13 @@ FEATURES = (
 )
 
 
-@pytest.fixture(scope="module")
-def frontend(demo: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of Dynamo's frontend, once it knows our model. Both processes find each other through files."""
-    folder, port = tmp_path_factory.mktemp("dynamo"), free_port()
+@contextlib.contextmanager
+def frontend_before(worker: str, folder: Path) -> Iterator[str]:
+    """The URL of Dynamo's frontend, once it knows our model. ``worker``: our ``HOST:PORT``.
+
+    Frontend and sidecar find each other through files.
+    """
+    port = free_port()
     python = environment("dynamo") / "bin" / "python"
     variables = {
         "HOME": str(folder),
@@ -65,12 +72,18 @@ def frontend(demo: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         running(
             folder,
             *(python, "-P", "-m", "dynamo.trtllm.sidecar"),
-            *("--grpc-endpoint", port_of(demo), "--model-path", "demo"),
+            *("--grpc-endpoint", worker, "--model-path", "demo"),
             variables=variables,
         ),
     ):
         url = f"http://127.0.0.1:{port}"
         wait_for_model(url, log)
+        yield url
+
+
+@pytest.fixture(scope="module")
+def frontend(demo: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with frontend_before(port_of(demo), tmp_path_factory.mktemp("dynamo")) as url:
         yield url
 
 
@@ -85,3 +98,31 @@ async def test_dynamo(feature: str, demo: Served, frontend: str) -> None:
         tokens = await nothing_left(demo) - before
     if feature == "client_drop":
         assert 0 < tokens < LONG_ANSWER
+
+
+@pytest.mark.feature("engine death")
+async def test_an_answer_goes_on_where_the_engine_died(demo: Served, frontend: str) -> None:
+    async with grpc.aio.insecure_channel(demo.address) as channel:
+        before = await nothing_left(demo)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.to_thread(try_feature, "dynamo", "twice", frontend))
+            await load_when(channel, lambda load, totals: totals.output_tokens > before + 20)
+            os.kill(demo.engine_pid, signal.SIGKILL)
+        demo.wait_for_log("the engine serves again")
+        await nothing_left(demo)
+
+
+@pytest.mark.feature("worker restart")
+def test_a_server_that_was_killed_and_started_again_serves_as_before(tmp_path: Path) -> None:
+    worker = f"127.0.0.1:{free_port()}"
+    folders = [tmp_path / name for name in ("dynamo", "first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    with contextlib.ExitStack() as stack:
+        with served(folders[1], "demo", "--listen", worker):
+            url = stack.enter_context(frontend_before(worker, folders[0]))
+            try_feature("dynamo", "chat_stream", url)
+        # Leaving `served` kills it.
+        try_feature("dynamo", "unavailable", url)
+        stack.enter_context(served(folders[2], "demo", "--listen", worker))
+        try_feature("dynamo", "chat_stream_with_patience", url)

@@ -117,6 +117,15 @@ def choices(clients: Clients) -> None:
     assert [choice.message.content for choice in again.choices] == [first, second]
 
 
+def twice(clients: Clients) -> None:
+    """The same answer, whatever happens to the server meanwhile."""
+    first, second = (
+        clients.chat(max_tokens=300, extra_body={"ignore_eos": True}).choices[0].message.content
+        for _ in range(2)
+    )
+    assert first == second
+
+
 def two_at_once(clients: Clients) -> None:
     """Each says what it says alone."""
     options = {"max_tokens": 400, "temperature": 1, "extra_body": {"ignore_eos": True}}
@@ -198,6 +207,7 @@ FEATURES = {
         responses,
         sampling,
         choices,
+        twice,
         two_at_once,
         logprobs,
         errors,
