@@ -100,7 +100,7 @@ class Services(grpc.GenericRpcHandler):
         for handler in self._handlers:
             if (found := handler.service(handler_call_details)) is not None:
                 return found
-        _, service, _ = handler_call_details.method.split("/")
+        service, _, _ = handler_call_details.method.removeprefix("/").partition("/")
         return _REFUSAL if service in self._awaited else None
 
 

@@ -123,6 +123,8 @@ async def test_what_there_will_never_be_is_unimplemented_at_once(listener: Liste
     async with grpc.aio.insecure_channel(listener.addresses[0]) as channel:
         assert await code("/vllm.grpc.engine.VllmEngine/HealthCheck") == grpc.StatusCode.UNIMPLEMENTED
         assert await code("/tidegate.v1.AdminService/Pause") == grpc.StatusCode.UNIMPLEMENTED
+        assert await code("/nothing") == grpc.StatusCode.UNIMPLEMENTED
+        assert await code("/a/b/c") == grpc.StatusCode.UNIMPLEMENTED
         assert await code("/tidegate.v1.ControlService/Nothing") == grpc.StatusCode.UNAVAILABLE
         async with loaded(listener):
             assert await code("/tidegate.v1.ControlService/Nothing") == grpc.StatusCode.UNIMPLEMENTED
