@@ -276,9 +276,10 @@ class BlockManager:
                 self._leave_behind(table, group)
 
     def _leave_behind(self, table: BlockTable, group: GroupTable) -> None:
-        """Let go of [start, kept_from): no later position sees anything of these blocks.
+        """Let go of [start, kept_from): no position from here on sees anything of these blocks.
 
-        Steps under way may; they were launched with the table, and its fence holds the slots for them.
+        Nor do steps under way, which begin here or later. They were launched with the table all the same, and
+        the fence holds the slots until they have ended, as with all that a table lets go of.
         """
         keep = group.kind.kept_from(table.num_tokens, self.block_size) - group.start
         if keep > 0:
