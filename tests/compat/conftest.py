@@ -57,6 +57,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.section("what other people's clients can do")
-    for line in table.lines():
-        terminalreporter.line(line)
+    if lines := list(table.lines()):
+        terminalreporter.section("what other people's clients can do")
+        terminalreporter.write("\n".join(lines) + "\n")

@@ -412,7 +412,13 @@ def test_bench_serve_counts_what_failed(server: str) -> None:
         ("bench", "serve"),
     ],
 )
-def test_the_reference_lists_every_flag(command: tuple[str, ...]) -> None:
+def test_the_reference_lists_every_flag_with_its_default(command: tuple[str, ...]) -> None:
     section = REFERENCE.read_text().split(f"### `tidegate {' '.join(command)}")[1].split("\n#")[0]
-    listed = sorted(re.findall(r"^\| `(--[a-z-]+)", section, flags=re.MULTILINE))
-    assert listed == [flag for flag in flags_of(*command) if flag != "--help"]
+    listed = dict(re.findall(r"^\| `(--[a-z-]+)(?:\\\||[^|])*\| ([^|]*?) ?\|", section, re.MULTILINE))
+    assert sorted(listed) == [flag for flag in flags_of(*command) if flag != "--help"]
+    shown = re.split(r"^  (?=-)", tidegate(*command, "--help").stdout, flags=re.MULTILINE)[1:]
+    for option in (" ".join(lines.split()) for lines in shown):
+        default = re.search(r"\(default: ([^)]*)\)", option)
+        if default is not None:
+            written = listed[option.split()[0]].replace("`", "").replace(",", "")
+            assert written.removesuffix(".0") == default[1].replace(",", "").removesuffix(".0"), option
