@@ -5,7 +5,7 @@ import fcntl
 import ipaddress
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc.aio
 
@@ -50,11 +50,11 @@ def every_interface(port: str) -> str:
 
 @contextlib.contextmanager
 def listen(
-    server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None
+    server: grpc.aio.Server, address: str, credentials: Callable[[], grpc.ServerCredentials] | None
 ) -> Iterator[str]:
     """Open an address until the context ends; gives it with the port that was chosen for port 0.
 
-    ``credentials`` are for TCP: who may open a Unix socket is a matter of its mode. Raises
+    ``credentials`` makes those for a TCP address: who may open a Unix socket is a matter of its mode. Raises
     ``ConfigError`` where it cannot be opened.
     """
     if address.startswith(UNIX_PREFIX):
@@ -68,7 +68,7 @@ def listen(
                     os.unlink(path)
     else:
         host = address.rpartition(":")[0]
-        yield f"{host}:{_add_port(server, address, credentials)}"
+        yield f"{host}:{_add_port(server, address, None if credentials is None else credentials())}"
 
 
 def _open_socket(server: grpc.aio.Server, path: str) -> None:

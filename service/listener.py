@@ -161,12 +161,12 @@ class Listener:
         metrics_address: str | None,
     ) -> None:
         """Raises ``ConfigError`` where an address cannot be opened; then none is."""
-        credentials = self.security.credentials
+        tls = None if self.security.tls is None else self.security.tls.credentials
         with contextlib.ExitStack() as opening:
             for server, wanted, protection, opened in (
-                (self._server, addresses, credentials, self.addresses),
+                (self._server, addresses, tls, self.addresses),
                 (self._health_server, health_addresses, None, self.health_addresses),
-                (self._admin_server, admin_addresses, credentials, self.admin_addresses),
+                (self._admin_server, admin_addresses, tls, self.admin_addresses),
             ):
                 opened += [opening.enter_context(listen(server, address, protection)) for address in wanted]
             if self.metrics is not None and metrics_address is not None:

@@ -61,40 +61,8 @@ class SecurityConfig:
         return self.tls_cert is not None and authenticates is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Security:
-    credentials: grpc.ServerCredentials | None = None
-    """For TCP addresses; None: plaintext."""
-    authentication: Authentication | None = None
-    """None: every caller is ``identity.LOCAL``."""
-
-
-def load_security(config: SecurityConfig) -> Security:
-    """Read the files. Raises ``ConfigError`` where one of them cannot work."""
-    tokens: list[Tokens] = []
-    if config.auth_tokens is not None:
-        tokens.append(StaticTokens(config.auth_tokens))
-    if config.jwt_keys is not None:
-        tokens.append(SignedTokens(config.jwt_keys, config.jwt_issuer, config.jwt_audience))
-    authentication = None
-    if tokens or config.tls_client_ca is not None:
-        authentication = Authentication(tokens, certificates=config.tls_client_ca is not None)
-    return Security(_server_credentials(config), authentication)
-
-
-def _server_credentials(config: SecurityConfig) -> grpc.ServerCredentials | None:
-    if config.tls_cert is None or config.tls_key is None:
-        return None
-    files = _TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
-    return grpc.dynamic_ssl_server_credentials(
-        files.read(),
-        files.renewed,  # type: ignore[arg-type]  # the stubs forget that None is "as before"
-        require_client_authentication=config.tls_client_ca is not None,
-    )
-
-
-class _TlsFiles:
-    """A certificate, its key and the clients' authority, taken up anew when their files change.
+class Tls:
+    """The files of a certificate, its key and the clients' authority, taken up anew when they change.
 
     Certificates live for weeks, some for hours, and a server for months. What was negotiated stays; the next
     handshake gets the new ones.
@@ -102,12 +70,21 @@ class _TlsFiles:
 
     def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
         self._cert, self._key, self._client_ca = cert, key, client_ca
-        self._seen: list[tuple[int, int]] = []
-        self._looked_at = float("-inf")
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For one address: gRPC tells none but the one that asks what has changed.
+
+        Raises ``ConfigError``.
+        """
+        renewal = _Renewal(self)
+        return grpc.dynamic_ssl_server_credentials(
+            self.read(),
+            renewal,  # type: ignore[arg-type]  # the stubs forget that None is "as before"
+            require_client_authentication=self._client_ca is not None,
+        )
 
     def read(self) -> grpc.ServerCertificateConfiguration:
         """Raises ``ConfigError`` where they cannot work."""
-        self._seen = self._stamps()
         chain, key = read_file("tls_cert", self._cert), read_secret("tls_key", self._key)
         certificate, *_ = _certificates("tls_cert", self._cert, chain)
         try:
@@ -124,24 +101,7 @@ class _TlsFiles:
             [(key.encode(), chain.encode())], None if client_ca is None else client_ca.encode()
         )
 
-    def renewed(self) -> grpc.ServerCertificateConfiguration | None:
-        """What holds from this handshake on; None: what held before. Called in a thread of gRPC's."""
-        now = time.monotonic()
-        if now - self._looked_at < RENEWAL_SECONDS:
-            return None
-        self._looked_at = now
-        if self._stamps() == self._seen:
-            return None
-        try:
-            configuration = self.read()
-        except (ConfigError, OSError) as error:
-            # Half written, perhaps: the next change of a file brings another try.
-            _log.warning("tls files stay as they were", reason=str(error))
-            return None
-        _log.info("tls files renewed")
-        return configuration
-
-    def _stamps(self) -> list[tuple[int, int]]:
+    def stamps(self) -> list[tuple[int, int]]:
         """They change when a file does; a volume of Kubernetes puts a link to another file in its place."""
         stamps = []
         for path in (self._cert, self._key, self._client_ca):
@@ -150,6 +110,63 @@ class _TlsFiles:
                     stat = path.stat()
                     stamps.append((stat.st_ino, stat.st_mtime_ns))
         return stamps
+
+
+class _Renewal:
+    """What has changed for one address since its last handshake."""
+
+    def __init__(self, tls: Tls) -> None:
+        self._tls = tls
+        self._seen = tls.stamps()
+        self._looked_at = time.monotonic()
+
+    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
+        """None: what held before. Called in a thread of gRPC's."""
+        now = time.monotonic()
+        if now - self._looked_at < RENEWAL_SECONDS:
+            return None
+        self._looked_at = now
+        stamps = self._tls.stamps()
+        if stamps == self._seen:
+            return None
+        self._seen = stamps
+        try:
+            configuration = self._tls.read()
+        except (ConfigError, OSError) as error:
+            # Half written, perhaps: the next change of a file brings another try.
+            _log.warning("tls files stay as they were", reason=str(error))
+            return None
+        _log.info("tls files renewed")
+        return configuration
+
+
+@dataclass(frozen=True, slots=True)
+class Security:
+    tls: Tls | None = None
+    """For TCP addresses; None: plaintext."""
+    authentication: Authentication | None = None
+    """None: every caller is ``identity.LOCAL``."""
+
+
+def load_security(config: SecurityConfig) -> Security:
+    """Read the files. Raises ``ConfigError`` where one of them cannot work."""
+    tokens: list[Tokens] = []
+    if config.auth_tokens is not None:
+        tokens.append(StaticTokens(config.auth_tokens))
+    if config.jwt_keys is not None:
+        tokens.append(SignedTokens(config.jwt_keys, config.jwt_issuer, config.jwt_audience))
+    authentication = None
+    if tokens or config.tls_client_ca is not None:
+        authentication = Authentication(tokens, certificates=config.tls_client_ca is not None)
+    return Security(_load_tls(config), authentication)
+
+
+def _load_tls(config: SecurityConfig) -> Tls | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    tls = Tls(config.tls_cert, config.tls_key, config.tls_client_ca)
+    tls.read()
+    return tls
 
 
 def _certificates(name: str, path: Path, text: str) -> list[x509.Certificate]:

@@ -28,7 +28,14 @@ from tidegate.service.client import AccessDenied
 from tidegate.service.config import ServerConfig
 from tidegate.service.listener import MAX_METADATA_BYTES
 from tidegate.service.security import SecurityConfig, load_security
-from tidegate.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tidegate.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    control_pb2,
+    control_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+)
 
 Start = Callable[..., Any]
 
@@ -391,14 +398,14 @@ async def test_static_and_signed_tokens_work_side_by_side(
 
 @asynccontextmanager
 async def tls_channel(
-    front: Front, authority: Authority, client: Issued | None = None
+    front: Front, authority: Authority, client: Issued | None = None, index: int = -1
 ) -> AsyncGenerator[grpc.aio.Channel]:
     credentials = grpc.ssl_channel_credentials(
         authority.cert.read_bytes(),
         None if client is None else client.key.read_bytes(),
         None if client is None else client.cert.read_bytes(),
     )
-    address = front.server.addresses[-1]
+    address = front.server.addresses[index]
     async with grpc.aio.secure_channel(address, credentials) as channel:
         yield channel
 
@@ -428,6 +435,23 @@ async def test_tls_serves_those_who_trust_it_and_nobody_in_plaintext(
     assert tenants(front) == ["local"]
 
 
+async def test_every_address_speaks_tls(
+    start_front: Start, authority: Authority, server_cert: Issued
+) -> None:
+    config = SecurityConfig(tls_cert=server_cert.cert, tls_key=server_cert.key)
+    front = await start_front(
+        security=load_security(config),
+        addresses=["127.0.0.1:0", "127.0.0.1:0"],
+        admin_addresses=["127.0.0.1:0"],
+    )
+    for index in range(2):
+        async with tls_channel(front, authority, index=index) as channel:
+            await call_over(channel)
+    trusted = grpc.ssl_channel_credentials(authority.cert.read_bytes())
+    async with grpc.aio.secure_channel(front.server.listener.admin_addresses[0], trusted) as channel:
+        await admin_pb2_grpc.AdminServiceStub(channel).Resume(admin_pb2.ResumeRequest(), timeout=20)
+
+
 async def test_renewed_certificates_hold_from_the_next_connection_on(
     start_front: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -443,17 +467,22 @@ async def test_renewed_certificates_hold_from_the_next_connection_on(
     current.symlink_to(folders["old"])
     files = {"tls_cert": "server.pem", "tls_key": "server.key", "tls_client_ca": "authority.pem"}
     config = SecurityConfig(**{setting: current / name for setting, name in files.items()})
-    front = await start_front(security=load_security(config), addresses=["127.0.0.1:0"])
+    front = await start_front(security=load_security(config), addresses=["127.0.0.1:0", "127.0.0.1:0"])
 
     async def reaches(name: str) -> bool:
-        async with tls_channel(front, authorities[name], clients[name]) as channel:
-            try:
-                await call_over(channel)
-            except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                    raise
-                return False
-            return True
+        """Both addresses, and alike."""
+        reached = set()
+        for index in range(2):
+            async with tls_channel(front, authorities[name], clients[name], index) as channel:
+                try:
+                    await call_over(channel)
+                    reached.add(True)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                        raise
+                    reached.add(False)
+        (both,) = reached
+        return both
 
     async with tls_channel(front, authorities["old"], clients["old"]) as open_before:
         await call_over(open_before)
