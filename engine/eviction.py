@@ -239,7 +239,7 @@ class Eviction:
         for seq, _ in ranked:
             if most == 0:
                 return
-            most -= manager.write_ahead(manager.full_blocks(seq.table), most)
+            most -= manager.write_ahead(seq.table.full_blocks(manager.block_size), most)
 
     def _all_may_grow(self) -> bool:
         """Whether nobody waits, and those that run fit in what is free however long they become."""

@@ -251,6 +251,11 @@ class BlockTable:
         """Whether a step may use the table."""
         return self.resident and self.loading == 0
 
+    def full_blocks(self, block_size: int) -> list[Block]:
+        """Those in which every position is valid, group by group."""
+        full = self.num_tokens // block_size
+        return [block for group in self.groups for block in group.blocks[: full - group.start]]
+
     def reach(self, num_tokens: int, block_size: int) -> int:
         """Of its first ``num_tokens`` positions, how many there are to go on from.
 

@@ -7,11 +7,11 @@ copy. Blocks that no table holds are kept as long as there is room (class P: a p
 
 Tables may share a block, its last one too. They agree on as many of its positions as each of them
 counts; behind those one of them, the block's *writer*, may go on. Any other that has to write there takes
-a block of its own first, and a step copies into it what is shared (copy on write).
+a block of its own first, and a step copies into it what is shared (copy on write, ``tails.py``).
 
-A group with a window lets go of a block as soon as no later position of the sequence sees anything of it. The
-block leaves the table as any other does, through its fence, and may live on as a known prefix. What is left
-is no place to go back to: a table that is cut far back, or loses its tail, has nothing left.
+A group with a window lets go of blocks that no later position of the sequence sees anything of, but for the
+last of them (``KEPT_BLOCKS``). They leave the table as all blocks do, through its fence, and may live on as
+known prefixes. A table has nothing to go back to behind them: cut further back, it has nothing left.
 
 Three things keep a slot from being reused under somebody's hands. A *resident* count: tables that
 steps may use. A *copy* in flight: one a block at most. A *fence*: the last step that was launched with
@@ -27,6 +27,7 @@ simulation.
 
 from collections.abc import Callable, Iterable, KeysView, Sequence
 
+from tidegate.engine.memory import tails
 from tidegate.engine.memory.block import Block, BlockTable, GroupTable, Observer, State
 from tidegate.engine.memory.copies import Reason, Transfer
 from tidegate.engine.memory.groups import FULL_ATTENTION, KVGroup, most_blocks
@@ -147,7 +148,7 @@ class BlockManager:
     def num_missing(self, table: BlockTable, num_tokens: int) -> int:
         """Fresh blocks that the table takes to hold ``[0, num_tokens)``, copies of shared tails included."""
         growth = max(0, self.blocks_for(num_tokens) - table.end) * len(self.groups)
-        return growth + (self._num_tails_to_copy(table) if num_tokens > table.num_tokens else 0)
+        return growth + (tails.num_to_copy(table, self.block_size) if num_tokens > table.num_tokens else 0)
 
     def num_to_come(self, table: BlockTable, start: Prefix[Block], num_tokens: int) -> int:
         """Fresh blocks that the table is to take, one step after the other, until it has ``num_tokens``.
@@ -159,7 +160,7 @@ class BlockManager:
         for kind, held in zip(self.groups, start.groups, strict=True):
             most = kind.most_blocks(num_tokens, self._step_tokens, size)
             missing += max(0, min(self.blocks_for(num_tokens) - start.length, most - len(held)))
-        return missing + (self._num_tails_to_copy(table) if num_tokens > table.num_tokens else 0)
+        return missing + (tails.num_to_copy(table, self.block_size) if num_tokens > table.num_tokens else 0)
 
     # The life of a table
 
@@ -205,7 +206,7 @@ class BlockManager:
         A tail that others need as it is gets replaced by a block of the table's own, which the next step
         must fill first: ``launched`` says from which slot.
         """
-        if num_tokens <= table.end * self.block_size and self._owns_tail(table):
+        if num_tokens <= table.end * self.block_size and tails.owns_tail(table, self.block_size):
             # Nearly always: one more position in blocks that the table has written to before.
             return True
         missing = self.num_missing(table, num_tokens)
@@ -213,43 +214,12 @@ class BlockManager:
             return False
         self._store.make_free(missing)
         if num_tokens > table.num_tokens:
-            self._own_tail(table)
+            tails.own_tail(self._store, table)
         end = self.blocks_for(num_tokens)
         for number, group in enumerate(table.groups):
             while group.end < end:
                 group.blocks.append(self._store.fresh(table, number))
         return True
-
-    def _owns_tail(self, table: BlockTable) -> bool:
-        """Whether steps may write behind the table's positions as it stands."""
-        place, valid = divmod(table.num_tokens, self.block_size)
-        return not valid or all(group.at(place).writer is table for group in table.groups)
-
-    def _num_tails_to_copy(self, table: BlockTable) -> int:
-        place, valid = divmod(table.num_tokens, self.block_size)
-        return sum(self._must_copy(table, group.at(place)) for group in table.groups) if valid else 0
-
-    @staticmethod
-    def _must_copy(table: BlockTable, tail: Block) -> bool:
-        """Whether others need what the table would overwrite in its last block."""
-        if tail.writer is table:
-            return False
-        return tail.writer is not None or any(h.num_tokens > table.num_tokens for h in tail.holders)
-
-    def _own_tail(self, table: BlockTable) -> None:
-        """Make the table the writer of its partial tails, or of blocks of its own in place of them."""
-        place, valid = divmod(table.num_tokens, self.block_size)
-        if not valid:
-            return
-        for number, group in enumerate(table.groups):
-            tail = group.at(place)
-            if self._must_copy(table, tail):
-                # The source stays held, and resident, until the step that copies it has ended well.
-                group.source, table.copy_due = tail, True
-                group.blocks[place - group.start] = self._store.fresh(table, number)
-            elif tail.writer is not table:
-                tail.writer = table
-                self._store.cut(tail, valid)
 
     def commit(self, table: BlockTable, num_tokens: int, token_ids: Sequence[int]) -> None:
         """Positions up to ``num_tokens`` are computed and their tokens confirmed."""
@@ -316,7 +286,7 @@ class BlockManager:
         table.resident = False
         table.loading = 0
         blocks, store = list(table.blocks), self._store
-        full = self.full_blocks(table)
+        full = table.full_blocks(self.block_size)
         if table not in store.parked and len(full) >= MIN_PREEMPTED:
             self.stats.preempted_full += len(full)
             self.stats.preempted_clean += sum(block.is_clean for block in full)
@@ -442,24 +412,13 @@ class BlockManager:
 
         Also tails of its own that no step has filled: the table shares their sources again.
         """
-        place, end = table.num_tokens // self.block_size, self.blocks_for(table.num_tokens)
-        table.copy_due = False
+        tails.give_back_unfilled(self._store, table)
+        end = self.blocks_for(table.num_tokens)
         for group in table.groups:
-            if group.source is not None:
-                unfilled, group.blocks[place - group.start] = group.at(place), group.source
-                group.source = None
-                self._store.let_go(unfilled, table)
             keep = end - group.start
             for block in group.blocks[keep:]:
                 self._store.let_go(block, table)
             del group.blocks[keep:]
-
-    def full_blocks(self, table: BlockTable) -> list[Block]:
-        """Those of the table, group by group, in which every position is valid."""
-        full = table.num_tokens // self.block_size
-        if len(table.groups) == 1:
-            return table.blocks[: full - table.groups[0].start]
-        return [block for group in table.groups for block in group.blocks[: full - group.start]]
 
     def is_written(self, table: BlockTable) -> bool:
         """Whether giving the table's device slots away would lose nothing."""
@@ -481,17 +440,7 @@ class BlockManager:
         Returns the (source, target) device slots that it has to copy before it computes.
         """
         table.fence = step_id
-        if not table.copy_due:
-            return []
-        table.copy_due = False
-        copies: list[tuple[int, int]] = []
-        for group in table.groups:
-            if group.source is not None:
-                source, target = group.source.device, group.at(table.num_tokens // self.block_size).device
-                if source is None or target is None:
-                    raise RuntimeError("a shared block is to be copied on a device that does not hold it")
-                copies.append((source.index, target.index))
-        return copies
+        return tails.take_copies(table, self.block_size)
 
     def collected(self, step_id: int) -> None:
         """That step and all before it have ended, well or not."""

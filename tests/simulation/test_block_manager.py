@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from block_manager_model import BlockManagerModel, Violation, chooser, run_episode, run_random
 
+from tidegate.engine.memory import tails
 from tidegate.engine.memory.block import TRANSITIONS, Block, BlockTable, GroupTable
 from tidegate.engine.memory.groups import KVGroup
 from tidegate.engine.memory.pool import BlockPool
@@ -155,7 +156,7 @@ def with_repeated_reports_taken(patch: pytest.MonkeyPatch) -> None:
 
 def without_copy_on_write(patch: pytest.MonkeyPatch) -> None:
     """Whoever comes first writes into the tail that others need."""
-    patch.setattr(BlockManager, "_must_copy", lambda self, table, tail: False)
+    patch.setattr(tails, "must_copy", lambda table, tail: False)
 
 
 def with_a_copy_forgotten(patch: pytest.MonkeyPatch) -> None:

@@ -322,7 +322,7 @@ class BlockManagerModel:
 
     def write_ahead(self) -> None:
         """Full blocks of a sequence that may run are copied before they have to leave."""
-        full = self.manager.full_blocks(self._pick(self.ready).table)
+        full = self._pick(self.ready).table.full_blocks(self.block_size)
         self.manager.write_ahead(full, 1 + self.choose(3))
 
     def demote(self) -> None:
