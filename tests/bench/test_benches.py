@@ -80,3 +80,11 @@ def test_delivery_counts_every_token_once(tmp_path: Path) -> None:
         figures = json.loads(done.stdout)
         assert figures["tokens_per_second"] > 0
         assert figures["p99_ms"] > 0
+
+
+def test_the_scheduler_runs_alone_with_two_groups() -> None:
+    script = Path(__file__).with_name("scheduler.py")
+    command = [sys.executable, "-P", script, "--turns", "1", "--groups", "full and windowed"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    printed = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    assert [int(line.rsplit(",", 1)[1]) > 0 for line in printed.splitlines()] == [False, False, True, True]

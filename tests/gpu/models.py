@@ -88,7 +88,12 @@ def fp32_tokens(report: Report) -> None:
     """The same tokens as the CPU's engine, whatever happens to the sequences meanwhile."""
     device = open_device()
     count = 5 if DRY else 40
-    variants = ["llama-llama3", "qwen2-yarn-one-kv-head", "llama-head-40"]
+    variants = [
+        "llama-llama3",
+        "qwen2-yarn-one-kv-head",
+        "llama-head-40",
+        "qwen2-window-of-every-other-layer",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         models = {name: str(make_checkpoint(Path(folder, name), **VARIANTS[name])) for name in variants}
         if DRY:
