@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 WHEEL_ENV := .cache/wheel-env
 REQUESTS ?= 20000
 ROUND_TRIPS ?= 20000
+SEEDS ?= 4
 JOBS ?= $(shell nproc)
 MESSAGES ?= 1000000
 BENCH := PYTHONPATH=tests/support $(BIN)/python tests/bench
@@ -82,8 +83,8 @@ bench: protos ## The demo checkpoint's throughput, storms, returning turns, and 
 simulate: protos ## Policies against loads on simulated machines, in virtual time: one table a machine
 	PYTHONPATH=tests/support $(BIN)/python tests/simulation/lab.py
 
-ablate: protos ## The same with one rule of the policy taken away at a time
-	PYTHONPATH=tests/support $(BIN)/python tests/simulation/lab.py --ablate
+ablate: protos ## What each load loses where one rule of the policy is taken away, over SEEDS seeds
+	PYTHONPATH=tests/support $(BIN)/python tests/simulation/ablate.py --seeds $(SEEDS)
 
 soak: protos ## The engine in random worlds with faults, until REQUESTS have ended: 0 violations, or the seed
 	PYTHONPATH=tests/support $(BIN)/python tests/simulation/soak.py --requests $(REQUESTS) --jobs $(JOBS)

@@ -16,7 +16,6 @@ from laboratory.trial import Figures, Variant, trial
 from rich.console import Console
 from rich.table import Table
 
-from tidegate.engine import policy
 from tidegate.engine.logging import quiet_by_default
 
 MODES = (
@@ -25,35 +24,6 @@ MODES = (
     Variant("recompute", limits={"preemption": "recompute"}),
 )
 
-
-def latest_first(candidate: policy.Candidate) -> tuple[bool, int, int]:
-    """A victim order by arrival alone: whatever is just back, and however much it frees."""
-    return (not candidate.stalled, candidate.priority, -candidate.arrival)
-
-
-def no_reserve(num_running: int, block_size: int, caution: float) -> int:
-    return 0
-
-
-def steady(caution: float, num_preempted: int) -> float:
-    """The same room left for growth whatever happens."""
-    return caution
-
-
-RULES = (
-    Variant("as shipped"),
-    Variant("no host tier", host_tier=0),
-    Variant("recompute", limits={"preemption": "recompute"}),
-    Variant("no write-ahead", limits={"write_ahead": 0.0}),
-    Variant("a quarter of the link", limits={"write_ahead": 0.25}),
-    Variant("ahead from 0.85 on", rules={"WRITE_AHEAD_MARK": 0.85}),
-    Variant("no demotion", rules={"DEMOTED_A_STEP": 0}),
-    Variant("no immunity", rules={"IMMUNE_STEPS": 0}),
-    Variant("latest is victim", rules={"victim_rank": latest_first}),
-    Variant("no reserve", rules={"growth_reserve": no_reserve}),
-    Variant("steady reserve", rules={"next_caution": steady}),
-    Variant("no grace", limits={"park_grace": 0.0}),
-)
 
 COLUMNS: dict[str, Callable[[Figures], str]] = {
     "tok/s": lambda f: f"{f.tokens_per_second:,.0f}",
@@ -99,7 +69,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--machine", choices=[m.name for m in MACHINES], help="this one alone")
-    parser.add_argument("--ablate", action="store_true", help="rules of the policy, not ways to preempt")
     parser.add_argument("--load", choices=[load.__name__ for load in LOADS], help="this one alone")
     args = parser.parse_args()
     cases = [
@@ -108,7 +77,7 @@ def main() -> None:
         if args.machine in (None, machine.name)
         for load in LOADS
         if args.load in (None, load.__name__)
-        for mode in (RULES if args.ablate else MODES)
+        for mode in MODES
     ]
     for table in tables(cases, args.seed):
         Console(width=150).print(table)
