@@ -37,7 +37,6 @@ class Admission:
         self._eos = eos_token_ids
         self._now = now
         self._arrivals = count()
-        self._caution = policy.CAUTION_AT_START
 
     def violations(self, request: Request) -> list[Violation]:
         """Why the request can never run; empty where it can."""
@@ -159,7 +158,7 @@ class Admission:
             # Looked up anew each time: making room may have cost the prefix.
             start = manager.start_of(table, seq.tokens)
             extra = manager.num_to_come(table, start, len(seq.tokens) + 1)
-            reserve = policy.growth_reserve(len(self._roster.running), manager.block_size, self._caution)
+            reserve = policy.growth_reserve(len(self._roster.running), manager.block_size)
             if manager.has_room(start.blocks, extra + reserve * len(manager.groups)):
                 return start
             if eviction.room_is_on_its_way:
@@ -168,10 +167,6 @@ class Admission:
             if victim is None:
                 return None
             eviction.preempt(victim)
-
-    def adapt(self, num_displaced: int) -> None:
-        """A step is planned for which so many sequences lost their blocks to others that run."""
-        self._caution = policy.next_caution(self._caution, num_displaced)
 
 
 def common_prefix(one: list[int], other: list[int], most: int) -> int:

@@ -78,7 +78,6 @@ class Scheduler:
         self._limits = limits
         self._manager = manager
         self._now = now
-        self._num_displaced = 0
         self._journal = Journal(now)
         self._roster = Roster(limits.max_num_seqs)
         self._eviction = Eviction(
@@ -173,8 +172,6 @@ class Scheduler:
         self._eviction.note_truncated()
         self._eviction.copy_ahead()
         self._manager.flush()
-        self._admission.adapt(self._num_displaced)
-        self._num_displaced = 0
         if not step.plan.chunks:
             return None
         self._eviction.step_id = step.plan.step_id
@@ -343,7 +340,6 @@ class Scheduler:
             )
             if victim is None:
                 return False
-            self._num_displaced += 1
             self._eviction.preempt(victim)
         seq.reserved = seq.table.end * self._manager.block_size
         return True

@@ -31,6 +31,10 @@ def latest_first(candidate: policy.Candidate) -> tuple[bool, int, int]:
     return (not candidate.stalled, candidate.priority, -candidate.arrival)
 
 
+def no_reserve(num_running: int, block_size: int) -> int:
+    return 0
+
+
 RULES = (
     Variant("no host tier", host_tier=0),
     Variant("recompute", limits={"preemption": "recompute"}),
@@ -40,6 +44,8 @@ RULES = (
     Variant("no demotion", rules={"DEMOTED_A_STEP": 0}),
     Variant("no immunity", rules={"IMMUNE_STEPS": 0}),
     Variant("latest is victim", rules={"victim_rank": latest_first}),
+    Variant("no growth reserve", rules={"growth_reserve": no_reserve}),
+    Variant("reserve of 32 tokens", rules={"GROWTH_ROOM": 32}),
     Variant("no grace", limits={"park_grace": 0.0}),
 )
 

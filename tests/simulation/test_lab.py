@@ -16,7 +16,7 @@ def test_swapping_computes_nothing_again_and_recomputing_copies_less(load) -> No
         for mode in ("auto", "swap", "recompute")
     }
     assert figures["swap"].recomputed == 0
-    assert figures["swap"].preemptions >= 32
+    assert figures["swap"].preemptions >= 16
     assert figures["recompute"].recomputed > 0
     assert figures["recompute"].bytes_in < figures["swap"].bytes_in
     assert figures["auto"].tokens_per_second > 0.98 * figures["swap"].tokens_per_second
