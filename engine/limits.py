@@ -14,5 +14,4 @@ class Limits:
     preemption: str
     block_bytes: int
     write_ahead: float
-    """Share of the link's time that may go to writing likely victims to the host before anybody is preempted.
-    0 where copying takes computing time, as on the CPU device."""
+    """Share of the link's time that may go to writing likely victims to the host before any is preempted."""

@@ -3,8 +3,8 @@
     python -P tests/bench/storm.py --model qwen-tiny --device-kv-tokens 8192 [--rounds 8] [--json FILE]
         [--vllm PYTHON]
 
-``batch`` is the engine that never preempts: the largest batch whose full lengths fit. ``eager`` writes
-likely victims to the host in advance. ``vllm`` is the same work in vLLM, where ``PYTHON`` has it. Rounds are
+``batch`` is the engine that never preempts: the largest batch whose full lengths fit. ``late`` writes nobody
+to the host in advance. ``vllm`` is the same work in vLLM, where ``PYTHON`` has it. Rounds are
 interleaved; a figure is the median of its rounds. A file of the same work is added to, so that a long
 sitting may be cut into pieces.
 """
@@ -29,9 +29,7 @@ from structlog.testing import capture_logs
 
 from tidegate.engine.config import DTYPES
 
-VARIANTS = ("auto", "swap", "recompute", "batch", "eager", "vllm")
-EAGER_SHARE = 0.25
-"""Of the link's time; see ``Limits.write_ahead``."""
+VARIANTS = ("auto", "swap", "recompute", "batch", "late", "vllm")
 VLLM_ENV = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 """GiB, of which it uses as many blocks as it is told to."""
 VLLM_FIGURES = "figures: "
@@ -60,8 +58,8 @@ def _tidegate(args: argparse.Namespace, name: str) -> dict[str, Any]:
     options: dict[str, Any] = {"preemption": name if name in ("swap", "recompute") else "auto"}
     if name == "batch":
         options["max_num_seqs"] = max(1, args.device_kv_tokens // (args.input_len + args.output_len))
-    if name == "eager":
-        options["write_ahead"] = EAGER_SHARE
+    if name == "late":
+        options["write_ahead"] = 0.0
     with Stopwatch(
         model=args.model,
         dtype=args.dtype,

@@ -40,6 +40,7 @@ RULES = (
     Variant("recompute", limits={"preemption": "recompute"}),
     Variant("no write-ahead", limits={"write_ahead": 0.0}),
     Variant("ahead, a quarter of the link", limits={"write_ahead": 0.25}),
+    Variant("ahead, all of the link", limits={"write_ahead": 1.0}),
     Variant("ahead from 0.85 on", rules={"WRITE_AHEAD_MARK": 0.85}),
     Variant("no demotion", rules={"DEMOTED_A_STEP": 0}),
     Variant("no immunity", rules={"IMMUNE_STEPS": 0}),

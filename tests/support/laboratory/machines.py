@@ -90,7 +90,7 @@ MACHINES = (
         link_bytes_per_second=4e9,
         copy_cost=0.5,
         step_overhead=3e-3,
-        write_ahead=0.0,
+        write_ahead=0.25,
     ),
 )
 
