@@ -1,12 +1,13 @@
 """The host tier of a CUDA device: memory that its copy engines reach, pinned while the engine serves.
 
 Pinning takes about as long as touching, seconds for a hundred gigabytes. So it goes on in the background,
-from the first block on, in small chunks: other threads' calls into CUDA wait while one is pinned (10 ms for
-one of 128 MiB), and kernels 6.11 to 6.13 refuse to pin 2 GB at a time. No block lies across the border of two
+from the first block on, in small chunks with rests between them: other threads' calls into CUDA wait while one
+is pinned (6 to 10 ms for one of 128 MiB), and kernels 6.11 to 6.13 refuse to pin 2 GB at a time. No block lies across the border of two
 chunks, because a copy across it is refused. Not by torch's allocator of pinned memory: it would round the
 pool up to a power of two.
 """
 
+import contextlib
 import math
 import mmap
 import threading
@@ -21,6 +22,8 @@ from tidegate.engine.device.streams import Device
 from tidegate.engine.memory.layout import BlockLayout
 
 CHUNK_BYTES = 8 * 2**20
+REST = 3
+"""Seconds of rest for each second of pinning."""
 _TOUCH_THREADS = 4
 """Each page is first touched, and thereby placed, by a thread on the cores that this process may use."""
 _ADVICE = "lower host_kv_tokens, or raise the limit of locked memory (ulimit -l)"
@@ -44,6 +47,9 @@ class PinnedPool:
         """No copy may reach over a multiple of it."""
         size = -(-num_blocks * layout.block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self._memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # A huge page is touched and pinned as fast as a small one. A kernel without them says so: no matter.
+        with contextlib.suppress(OSError):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = np.frombuffer(self._memory, np.uint8)
         flat = torch.frombuffer(self._memory, dtype=torch.uint8)[: num_blocks * layout.block_bytes]
         self.blocks = flat.view(num_blocks, layout.block_bytes)
@@ -81,11 +87,14 @@ class PinnedPool:
                     start_byte = first * self._block_bytes
                     end_byte = -(-end * self._block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
                     self._touch(threads, start_byte, end_byte)
+                    pinning = time.perf_counter()
                     self._device.pin(address + start_byte, end_byte - start_byte)
                     self._pinned.append(address + start_byte)
                     with self._arrived:
                         self.num_ready = end
                         self._arrived.notify_all()
+                    # Whoever waited for it to end comes before the next one.
+                    self._closed.wait(REST * (time.perf_counter() - pinning))
         except Exception as error:
             # What is pinned serves; the rest of the tier stays away.
             log.exception("host_tier_cut_short", ready=self.num_ready, wanted=self.num_blocks, advice=_ADVICE)

@@ -263,9 +263,7 @@ class Trips:
     """
 
     def __init__(self, device: Device, fenced: bool) -> None:
-        layout = (
-            BlockLayout(1, 2, 64, 64, torch.bfloat16) if not DRY else BlockLayout(1, 1, 8, 16, torch.bfloat16)
-        )
+        layout = BlockLayout(1, 2, 64, 16 if DRY else 64, torch.bfloat16)
         self.count = 2048 if not DRY else 8
         self.device = device
         self.pool = layout.allocate(2 * self.count, device.torch_device)
