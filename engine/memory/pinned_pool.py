@@ -1,9 +1,9 @@
 """The host tier of a CUDA device: memory that its copy engines reach, pinned while the engine serves.
 
-Pinning takes about as long as touching, seconds for a hundred gigabytes. So it goes on in the background, from
-the first block on, in small chunks with rests between them: other threads' calls into CUDA wait while one is
-pinned (6 to 10 ms for one of 128 MiB), and kernels 6.11 to 6.13 refuse to pin 2 GB at a time. No block lies
-across the border of two chunks, because a copy across it is refused. Not by torch's allocator of pinned
+Pinning takes about as long as touching, seconds for a hundred gigabytes. So it goes on in the background,
+from the first block on, in small chunks with rests between them: other threads' calls into CUDA wait while
+one is pinned (6 to 10 ms for one of 128 MiB), and kernels 6.11 to 6.13 refuse to pin 2 GB at a time. No block
+lies across the border of two chunks, because a copy across it is refused. Not by torch's allocator of pinned
 memory: it would round the pool up to a power of two.
 """
 
