@@ -43,7 +43,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def rows_of(item: pytest.Item) -> Iterator[tuple[str, str]]:
     """A test shows its parameter ``feature``, or what its marks say; the client is its module's."""
     client = item.path.stem.removeprefix("test_")
-    if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+    if isinstance(item, pytest.Function) and "feature" in item.fixturenames:
         yield client, item.callspec.params["feature"]
     for mark in item.iter_markers("feature"):
         yield mark.kwargs.get("client", client), mark.args[0]

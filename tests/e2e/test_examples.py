@@ -38,7 +38,7 @@ def example(name: str, server: Served) -> str:
 def test_a_chat_backend_serves_a_hundred_users_on_one_stream(server: Served) -> None:
     said = example("chat_backend", server)
     assert "100 users got 200 answers on one stream" in said
-    assert re.search(r"user 0: What color is the kite\?\nmodel: \w+", said)
+    assert "user 0: What color is the kite?\nmodel:" in said
     figures = re.search(r"Of (\d+) prompt tokens (\d+) had been computed before", said)
     assert figures is not None
     # Of a second turn all but its question was there; of a first one, at most a block.
