@@ -106,6 +106,7 @@ class Session:
             unacked_requests=len(self._requests) + len(self._refused),
             running_requests=sum(not generation.is_ended for generation in self._requests.values()),
             unacked_log_bytes=self._pool.used,
+            waiting_chars=0 if self.delivery is None else self.delivery.waiting_chars,
         )
         state.opened_at.FromNanoseconds(self.opened_at)
         return state

@@ -177,7 +177,9 @@ def main() -> None:
     parser.add_argument("--warm-up", type=float, default=3)
     options = parser.parse_args()
     with serving(options.requests / options.tokens_per_second) as front:
-        print(json.dumps(uvloop.run(measure(options, front)), indent=1))
+        # Not closed: where hundreds of its streams were just cancelled, grpc.aio would wait for ever.
+        loop = uvloop.new_event_loop()
+        print(json.dumps(loop.run_until_complete(measure(options, front)), indent=1), flush=True)
 
 
 if __name__ == "__main__":

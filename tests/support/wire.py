@@ -77,7 +77,7 @@ class Seen:
 class Session:
     """One session and the requests on it."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, ack_tokens: int = ACK_TOKENS) -> None:
         self.call = inference_pb2_grpc.InferenceServiceStub(channel).Session()
         self.requests: dict[str, Seen] = {}
         self.rejections: list[str] = []
@@ -85,6 +85,7 @@ class Session:
         self._one_at_a_time = asyncio.Lock()
         self._is_done = False
         """The last command was sent."""
+        self._ack_tokens = ack_tokens
         self._unacked: dict[str, int] = {}
         self._num_unacked = 0
 
@@ -96,13 +97,13 @@ class Session:
     async def open(self) -> "asyncio.Task[None]":
         """The task reads until the stream ends, and raises where it does not end well."""
         await self.send(open={})
-        return asyncio.create_task(self._read())
+        return asyncio.create_task(self.read())
 
     async def start(self, request: Seen, **fields: Any) -> None:
         self.requests[request.id] = request
         await self.send(start={"request_id": request.id, **request.content, **fields})
 
-    async def _read(self) -> None:
+    async def read(self) -> None:
         while isinstance(response := await self.call.read(), session_pb2.SessionResponse):
             await self._take(response)
         assert await self.call.code() == grpc.StatusCode.OK
@@ -120,7 +121,7 @@ class Session:
         for delta in batch.deltas:
             self._unacked[delta.request_id] = delta.offset + len(delta.token_ids)
         self._num_unacked += sum(len(delta.token_ids) for delta in batch.deltas)
-        if self._num_unacked < ACK_TOKENS or self._is_done:
+        if self._num_unacked < self._ack_tokens or self._is_done:
             return
         acks = [{"ack": {"request_id": name, "upto": upto}} for name, upto in self._unacked.items()]
         self._unacked.clear()
