@@ -54,7 +54,10 @@ def fill_batch(batch: events_pb2.Batch, deltas: Iterable[events.Delta]) -> None:
         if event.choice:
             message.choice = event.choice
         message.offset = event.offset
-        message.token_ids.extend(event.token_ids)
+        if len(event.token_ids) == 1:
+            message.token_ids.append(event.token_ids[0])
+        else:
+            message.token_ids.extend(event.token_ids)
         message.text = event.text
         if event.logprobs:
             message.logprobs.extend(map(position_logprobs, event.logprobs))

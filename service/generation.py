@@ -385,9 +385,10 @@ class Generation:
         ``now``: when the step arrived.
         """
         choice, listener = self._choices[delta.choice], self.listener
+        offset, token_ids = delta.offset, delta.token_ids
         if choice.end is not None:
             return
-        if delta.offset != len(choice.token_ids):
+        if offset != len(choice.token_ids):
             self.fail(Failure("TOKENS_OUT_OF_ORDER", "the engine skipped or repeated a token"))
             return
         if self._first_token_at is None:
@@ -399,18 +400,18 @@ class Generation:
             and listener is not None
             and (writer := listener.passing_on) is not None
             and len(writer) < BATCH_TOKENS
-            and len(delta.token_ids) == 1
+            and len(token_ids) == 1
             and delta.logprobs is None
-            and (text := choice.pass_on(delta.token_ids[0])) is not None
+            and (text := choice.pass_on(token_ids[0])) is not None
         ):
             if not writer:
                 listener.wake()
-            writer.append(Delta(self.request_id, delta.choice, delta.offset, delta.token_ids, text))
+            writer.append(Delta(self.request_id, choice.index, offset, token_ids, text))
             if choice.stream.stop is not None:
                 self._finish_in_engine(FinishReason.STOP_STRING, choice)
                 self._decide(choice, FinishReason.STOP_STRING)
                 self._mark()
-            elif delta.offset + 1 >= self._raise_at:
+            elif offset + 1 >= self._raise_at:
                 self._ask_for_room()
             return
         if listener is None:

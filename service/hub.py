@@ -360,6 +360,7 @@ class Hub:
         # What follows is done for every token.
         now, submitted = time.monotonic(), self._submitted
         on_tokens = self.observer.on_tokens if self.observer.hears_tokens else None
+        may_fail = failpoints.ARMED
         for delta in output.deltas:
             generation = submitted.get(delta.request_id)
             if generation is None:
@@ -367,7 +368,7 @@ class Hub:
             if on_tokens is not None:
                 on_tokens(generation, delta.choice, now)
             try:
-                if failpoints.ARMED:
+                if may_fail:
                     failpoints.reach("output", delta.token_ids)
                 reason = reasons.get((delta.request_id, delta.choice)) if reasons else None
                 generation.on_delta(delta, reason, now)

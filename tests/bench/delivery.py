@@ -27,8 +27,8 @@ from tidegate.v1 import inference_pb2, inference_pb2_grpc, session_pb2
 
 STOPS = ("\n\nUser:", "<|stop|>", "###")
 CREDIT = 4096
-ACK_TOKENS = 1280
-"""An eighth of what a session may owe."""
+ACK_TOKENS = 2560
+"""A quarter of what a session may owe, as with our own client."""
 
 
 class Meter:
