@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=float, default=3)
     options = parser.parse_args()
     with serving(options.requests / options.tokens_per_second) as front:
-        # Not closed: where hundreds of its streams were just cancelled, grpc.aio would wait for ever.
+        # Not closed, for the reason that the front is not (see there).
         loop = uvloop.new_event_loop()
         print(json.dumps(loop.run_until_complete(measure(options, front)), indent=1), flush=True)
 

@@ -192,6 +192,9 @@ async def _serve(address: str) -> None:
     await server.stop()
     await engine.close()
     text.close()
+    # Not by the loop's end: where hundreds of RPCs were just cancelled, gRPC's poller waits for the loop to
+    # read of them, and the end of the loop for the poller.
+    os._exit(0)
 
 
 if __name__ == "__main__":
