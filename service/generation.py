@@ -220,6 +220,7 @@ class Generation:
             changes["stop"], changes["stop_token_ids"] = stops
         self._request.params = replace(self._request.params, **changes)
         self._send(Update(self.engine_id, max_tokens, None if stops is None else stops[1]))
+        self._raise_limit(by_at_least=1)
         if stops is not None:
             for choice in self._choices:
                 if choice.end is None:
@@ -567,6 +568,8 @@ class Generation:
         limit = min(bounds, default=None)
         if limit is None or self._share is None or self._limit is None:
             return limit
+        if self._request is not None and self._request.params.max_tokens is not None:
+            limit = min(limit, self._request.params.max_tokens)  # no room for what cannot come
         num_running = sum(choice.end is None for choice in self._choices)
         if limit > self._limit and num_running:
             wanted = min(limit - self._limit, self._share.chunk)

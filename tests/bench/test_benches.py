@@ -69,17 +69,27 @@ def test_a_storm_is_weathered_in_each_way(tmp_path: Path) -> None:
     assert ways["batch"]["swapped"] + ways["batch"]["dropped"] == 0
 
 
-def test_delivery_counts_every_token_once(tmp_path: Path) -> None:
-    """A small share of it, both ways: sessions, and one RPC a request."""
-    path = Path(__file__).with_name("delivery.py")
+def run_front(script: str, *arguments: str) -> dict[str, Any]:
+    path = Path(__file__).with_name(script)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-P", path, *arguments], env=env, check=True, capture_output=True, text=True
+    )
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("way", [("--sessions", "2"), ("--rpcs",)])
+def test_delivery_goes_on_both_ways(way: tuple[str, ...]) -> None:
     load = ("--requests", "32", "--tokens-per-second", "2000", "--seconds", "2", "--warm-up", "1")
-    for way in (("--sessions", "2"), ("--rpcs",)):
-        command = [sys.executable, "-P", path, *load, *way]
-        done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-        figures = json.loads(done.stdout)
-        assert figures["tokens_per_second"] > 0
-        assert figures["p99_ms"] > 0
+    figures = run_front("delivery.py", *load, *way)
+    assert figures["tokens_per_second"] > 0
+    assert figures["p99_ms"] > 0
+
+
+@pytest.mark.parametrize("way", [("--sessions", "4"), ()])
+def test_every_stream_ends_as_it_should(way: tuple[str, ...]) -> None:
+    figures = run_front("streams.py", "--requests", "200", "--hold", "1", *way)
+    assert figures["ends"] == {"FINISH_REASON_MAX_TOKENS": 200}
 
 
 def test_the_scheduler_runs_alone_with_two_groups() -> None:

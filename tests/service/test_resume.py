@@ -9,7 +9,7 @@ import grpc
 import pytest
 from front import SECONDS, Front, SessionClient, open_session, read_error, read_status, until
 
-from tidegate.engine.messages import Submit
+from tidegate.engine.messages import Limit, Submit
 from tidegate.service.session_limits import SessionLimits
 from tidegate.v1 import control_pb2, events_pb2
 
@@ -172,6 +172,20 @@ async def test_without_ack_a_session_stalls_at_its_cap_and_ack_lets_it_go_on(sta
         upto = max((delta.offset + len(delta.token_ids) for delta in event.batch.deltas), default=0)
         await session.send(ack={"request_id": "b", "upto": upto})
     assert session.text("b") == front.engine.expected("other", 200)
+
+
+async def test_a_request_takes_no_more_room_than_its_output_may_fill(start_front: Start) -> None:
+    """Else the first few would hold all of it, and the others wait for nothing; more where it may grow."""
+    front = await start_front(limits=limits(unacked_log_bytes=4 * 60))
+    front.engine.admits = False
+    session = await open_session(front)
+    for index in range(10):
+        await session.send(start=start(f"r{index}", max_tokens=3))
+    await until(lambda: len(front.engine.sent(Submit)) == 10)
+    assert [submit.request.emit_upto for submit in front.engine.sent(Submit)] == [3] * 10
+    await session.send(update={"request_id": "r0", "max_tokens": 5})
+    await until(lambda: front.engine.sent(Limit))
+    assert [limit.emit_upto for limit in front.engine.sent(Limit)] == [5]
 
 
 async def test_many_requests_share_the_room_and_all_end(start_front: Start) -> None:
