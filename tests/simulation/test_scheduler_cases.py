@@ -6,6 +6,7 @@ import random
 import pytest
 import world as worlds
 from scenes import POISON_TOKEN, admissions, ends, request, step, submit, tokens
+from structlog.testing import capture_logs
 from world import Faults, World, expected_tokens
 
 from tidegate.engine import policy
@@ -194,6 +195,17 @@ def test_nothing_is_copied_while_all_fit_however_long_they_become(depth, device_
     submit(world, *(request(f"r{i}", 20, 24) for i in range(4)))
     step(world, 60)
     assert (world.core.stats().swap_out_bytes > 0) is copies
+
+
+def test_each_recompute_that_was_chosen_is_logged_with_what_both_ways_would_take(depth):
+    world = World(1, depth=depth, device_blocks=12, write_ahead=0)
+    world.tiers.bytes_per_second = 1e3
+    with capture_logs() as logs:
+        submit(world, *(request(f"r{i}", 12, 20) for i in range(4)))
+        step(world, 400)
+    chosen = [line for line in logs if line["event"] == "recompute_chosen"]
+    assert len(chosen) == world.core.stats().preemptions_recompute > 0
+    assert all(line["swap"] > line["recompute"] > 0 for line in chosen)
 
 
 def test_without_a_host_tier_every_preemption_counts_as_recompute():
