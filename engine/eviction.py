@@ -234,12 +234,16 @@ class Eviction:
             block_bytes=self._limits.block_bytes,
             queued_blocks=manager.copies_in_flight,
         )
-        ready = [seq for seq in self._holders() if seq.table.is_ready]
+        size = manager.block_size
+        # Few have a new full block in any one step, and to rank all takes as long as to plan the step.
+        grown = [seq for seq in self._holders() if seq.table.num_tokens // size != seq.full_blocks_seen]
+        ready = [seq for seq in grown if seq.table.is_ready]
         ranked = sorted(self._candidates(ready), key=lambda pair: policy.victim_rank(pair[1]))
         for seq, _ in ranked:
+            most -= manager.write_ahead(seq.table.full_blocks(size), most)
             if most == 0:
                 return
-            most -= manager.write_ahead(seq.table.full_blocks(manager.block_size), most)
+            seq.full_blocks_seen = seq.table.num_tokens // size
 
     def _all_may_grow(self) -> bool:
         """Whether nobody waits, and those that run fit in what is free however long they become."""
