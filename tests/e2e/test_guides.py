@@ -1,8 +1,8 @@
 """The guides, followed as a newcomer follows them: every command and every piece of Python in them runs.
 
-Where a command needs what a test has not got, the nearest thing that needs it not runs in its place: what
-is installed is looked up, ``make`` shows what it would do, and of a cluster ``kubectl`` is asked only what it
-knows without one.
+Where a command needs what a test has not got, the nearest thing that does without it runs in its place: what
+is installed is looked up, ``make`` shows what it would do, and ``kubectl`` is asked only what it knows
+without a cluster.
 """
 
 import importlib.metadata
@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[2]
 GUIDES = ("README.md", "service/README.md", "engine/README.md", "protos/README.md", "k8s/README.md")
 ADDRESS = re.compile(r"\b(?:127\.0\.0\.1|localhost):50051\b")
 """Of the server, as the guides have it."""
-NOT_EVERYWHERE = {"npm": "Node 18.3 or later, with npm", "openssl": "openssl"}
+NOT_EVERYWHERE = ("kubectl", "npm", "openssl")
+"""Programs that are no package of Python's: a guide is followed as far as they are there."""
 ASKING = ("generate", "chat", "batch")
 """Commands that know a server by its flag, and by no word of the guides."""
 
@@ -98,7 +99,7 @@ class Newcomer:
                 return ""
             case "kubectl", _:
                 return self._ask_kubectl(arguments)
-            case ("python", [script, *_]) if "/examples/" in script:
+            case "python", [script, *_] if "/examples/" in script:
                 return self._run(f"{line} {self.address}")
             case "npm", [*_, "start", "--", _]:
                 return self._run(f"{line} {self.address}")
@@ -169,7 +170,7 @@ def test_all_that_a_guide_says_to_run_runs(
         for line in text.splitlines() if language == "sh" else ():
             program = line.split()[0]
             if program in NOT_EVERYWHERE and shutil.which(program) is None:
-                pytest.skip(f"followed as far as this, which needs {NOT_EVERYWHERE[program]}: {line}")
+                pytest.skip(f"followed as far as {line!r}: {program} is not installed")
             said = newcomer.type(line)
             if "Once upon a time" in line:
                 assert len(said.split()) > 10, line

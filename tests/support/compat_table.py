@@ -21,9 +21,9 @@ class Table:
     def compare(self) -> None:
         """A row for whatever the README promises and nothing has shown, and the other way round."""
         promises, limits = promised(README.read_text())
-        for row in self._results.keys() - promises:
+        for row in sorted(self._results.keys() - promises):
             self._results[row] = "NOT IN THE README"
-        for row in promises - self._results.keys():
+        for row in sorted(promises - self._results.keys()):
             self._results[row] = "MISSING"
         self._results |= dict.fromkeys(limits, NOT_YET)
 
