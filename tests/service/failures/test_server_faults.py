@@ -5,7 +5,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from calls import CALLS, GENERATE, Connect, Start, content, open_session, told
+from calls import CALLS, GENERATE, SESSION, Connect, Start, content, open_session, told
 from fake_engine import DEADLY, FAULTS, LOST_COPY, POISON, TOO_LARGE
 from front import Front, until
 
@@ -80,12 +80,13 @@ async def test_a_draining_server_sends_its_sessions_away_and_finishes_their_requ
     await draining
 
 
-@pytest.mark.parametrize("method", CALLS)
+@pytest.mark.parametrize("method", [*CALLS, SESSION])
 async def test_while_the_model_loads_a_call_is_told_when_to_come_back(
     connect: Connect, method: str, tmp_path: Path
 ) -> None:
     listener = await open_listener([f"unix:{tmp_path}/socket"])
-    outcome = await (await connect(listener.addresses[0]).call(method, content())).outcome()
+    message = None if method == SESSION else content()
+    outcome = await (await connect(listener.addresses[0]).call(method, message)).outcome()
     assert told(outcome) == (grpc.StatusCode.UNAVAILABLE, "MODEL_LOADING")
     assert outcome.retry_ms == LOADING_SECONDS * 1000
     assert not outcome.had_headers
