@@ -32,7 +32,7 @@ NUM_CLIENTS = 12
 CALLS = 10
 """With one message each, between two sessions."""
 SESSION_LENGTH = 150
-ANSWER_SECONDS = 60.0
+ANSWER_SECONDS = 600.0
 """More, and something hangs."""
 PATIENCE = 10.0
 """Of a session that was closed; a broken id may have started a request without credit, which goes on."""
@@ -125,7 +125,7 @@ class Client:
             self.seen[f"request {kind}"] += 1
 
 
-@pytest.mark.timeout(120 + MESSAGES // 500)
+@pytest.mark.timeout(1200 + MESSAGES // 500)
 async def test_no_message_crashes_the_server_or_leaves_anything_behind(serve: Serve, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     limits = ("--max-model-len", "128", "--max-step-tokens", "128", "--max-restarts", "0")

@@ -15,7 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from tidegate.engine.messages import Finish, Limit, Submit
 from tidegate.service.admission import AdmissionLimits
-from tidegate.service.call import UNREAD_TOKENS
+from tidegate.service.call import DEADLINE_MARGIN, UNREAD_TOKENS
 from tidegate.service.errors import CODES
 from tidegate.service.intake import MAX_PROMPT_CHARS
 from tidegate.service.listener import MAX_MESSAGE_BYTES
@@ -354,21 +354,28 @@ async def test_a_client_that_is_killed_frees_its_requests(start_front: Start) ->
     await until(lambda: not front.engine.running and front.engine.sent(Finish))
 
 
+@pytest.fixture
+def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The margin before a deadline is for machines that answer in time: here it is ten times as much."""
+    monkeypatch.setattr("tidegate.service.call.DEADLINE_MARGIN", 10 * DEADLINE_MARGIN)
+
+
+@pytest.mark.usefixtures("busy_machine")
 async def test_a_little_before_the_deadline_what_there_is_ends_with_ok(start_front: Start) -> None:
     front = await start_front(step_seconds=0.02)
     for _ in range(3):
-        response = await front.inference.GenerateUnary(unary(), timeout=0.4)
+        response = await front.inference.GenerateUnary(unary(), timeout=1.5)
         (end,) = response.finished.choices
         assert end.reason == events_pb2.FINISH_REASON_DEADLINE
         assert 0 < end.output_tokens == len(response.completions[0].token_ids)
     await until(lambda: not front.engine.running)
 
 
+@pytest.mark.usefixtures("busy_machine")
 async def test_a_step_longer_than_the_time_left_does_not_hold_up_the_end(start_front: Start) -> None:
     front = await start_front(script=lambda prompt, offset, choice: "x")
-    call = front.inference.Generate(request(sampling=tokens(2000)), timeout=0.5)
     events = []
-    async for response in call:
+    async for response in front.inference.Generate(request(sampling=tokens(2000)), timeout=1.5):
         events.append(response)
         front.engine.step_seconds = 5.0
     assert events[-1].finished.choices[0].reason == events_pb2.FINISH_REASON_DEADLINE
@@ -388,7 +395,7 @@ async def test_the_earlier_of_deadline_and_time_limit_counts(start_front: Start)
     began = asyncio.get_running_loop().time()
     response = await front.inference.GenerateUnary(unary(time_limit=Duration(nanos=10**8)), timeout=10)
     assert response.finished.choices[0].reason == events_pb2.FINISH_REASON_DEADLINE
-    assert asyncio.get_running_loop().time() - began < 2
+    assert asyncio.get_running_loop().time() - began < 9
 
 
 async def test_a_reader_that_does_not_read_holds_the_engine_back(start_front: Start) -> None:

@@ -13,14 +13,19 @@ from wire import Cable
 from wire_clients import NodeClient
 
 from tidegate.service import listener
+from tidegate.service.call import DEADLINE_MARGIN
 from tidegate.service.listener import GRPC_OPTIONS, KEEPALIVE_MS, MAX_MESSAGE_BYTES, PING_TIMEOUT_MS
 from tidegate.service.session_limits import SessionLimits
 
 
-async def test_at_the_deadline_what_there_is_is_delivered(start_front: Start, connect: Connect) -> None:
+async def test_at_the_deadline_what_there_is_is_delivered(
+    start_front: Start, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The margin is for machines that answer in time.
+    monkeypatch.setattr("tidegate.service.call.DEADLINE_MARGIN", 10 * DEADLINE_MARGIN)
     front = await start_front(step_seconds=0.02)
-    call = await connect(front).call(GENERATE, content(max_tokens=2000), timeout=3)
-    outcome = await call.outcome()
+    running = await connect(front).call(GENERATE, content(max_tokens=2000), timeout=3)
+    outcome = await running.outcome()
     assert outcome.code == grpc.StatusCode.OK
     assert outcome.messages[-1]["finished"]["choices"][0]["reason"] == "FINISH_REASON_DEADLINE"
 
