@@ -422,8 +422,7 @@ async def test_a_reader_that_takes_nothing_for_too_long_loses_its_request(start_
         call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
             request(sampling={"max_tokens": 2000, "logprobs": 20})
         )
-        await until(lambda: front.engine.running and front.engine.running[0].stalled)
-        await until(lambda: not front.engine.running)
+        await until(lambda: front.engine.sent(Finish))
         refusal = await refusal_of(call)
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CLIENT_TOO_SLOW")
 
