@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from scripted_server import start_scripted_server
+from served import served
 
 from tidegate import Client
 from tidegate.engine.config import EngineConfig
@@ -94,22 +95,11 @@ def flags_of(*command: str) -> list[str]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of ``tidegate serve demo``; it must end well when it is told to."""
-    folder = tmp_path_factory.mktemp("server")
-    address = f"unix:{folder}/socket"
-    log = folder / "log"
-    with log.open("w") as stderr:
-        process = subprocess.Popen(
-            [TIDEGATE, "serve", "demo", "--device-kv-tokens", "4096", "--listen", address], stderr=stderr
-        )
-    deadline = time.monotonic() + 60
-    while not (folder / "socket").exists():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    yield address
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0, log.read_text()
-    assert not (folder / "socket").exists()
+    with served(tmp_path_factory.mktemp("server"), "demo", "--device-kv-tokens", "4096") as running:
+        yield running.address
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(30) == 0, running.log_file.read_text()
+        assert not Path(running.address.removeprefix("unix:")).exists()
 
 
 # --- serve ------------------------------------------------------------------------------------------------
