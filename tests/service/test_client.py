@@ -36,7 +36,7 @@ from tidegate.service.client import (
 
 async def eventually(holds: Callable[[], bool]) -> None:
     """For what has no event to wait for, such as the arrival of bytes."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -112,7 +112,7 @@ async def test_leaving_a_stream_cancels_the_request(client: AsyncClient, server:
     async with client.generate("x", max_tokens=1000) as stream:
         async for _ in stream:
             break
-    await asyncio.wait_for(server.cancelled.wait(), 5)
+    await asyncio.wait_for(server.cancelled.wait(), 30)
 
 
 async def test_cancel_ends_a_read_that_waits(client: AsyncClient, server: ScriptedServer) -> None:
@@ -121,9 +121,9 @@ async def test_cancel_ends_a_read_that_waits(client: AsyncClient, server: Script
     reading = asyncio.create_task(stream.text())
     await asyncio.sleep(0.1)
     stream.cancel()
-    assert await asyncio.wait_for(reading, 5) == ""
+    assert await asyncio.wait_for(reading, 30) == ""
     assert stream.finished is None
-    await asyncio.wait_for(server.cancelled.wait(), 5)
+    await asyncio.wait_for(server.cancelled.wait(), 30)
 
 
 async def test_cancelling_the_readers_task_cancels_the_request(
@@ -135,7 +135,7 @@ async def test_cancelling_the_readers_task_cancels_the_request(
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
-    await asyncio.wait_for(server.cancelled.wait(), 5)
+    await asyncio.wait_for(server.cancelled.wait(), 30)
 
 
 async def test_the_timeout_is_the_calls_deadline(client: AsyncClient, server: ScriptedServer) -> None:
@@ -227,7 +227,7 @@ async def test_no_retry_beyond_the_timeout(client: AsyncClient, server: Scripted
     refusal = status(grpc.StatusCode.UNAVAILABLE, "ENGINE_RESTARTING", retry_after(30))
     server.refusals = [lambda context: refuse(context, refusal)]
     with pytest.raises(Unavailable):
-        await asyncio.wait_for(client.generate_unary("x", timeout=5), 2)
+        await asyncio.wait_for(client.generate_unary("x", timeout=25), 20)
 
 
 async def test_no_retry_once_a_token_has_come(client: AsyncClient, server: ScriptedServer) -> None:
@@ -349,7 +349,7 @@ async def test_a_request_can_be_cancelled_while_it_waits_for_a_retry(
         await asyncio.sleep(0.1)
         stream.cancel()
         with pytest.raises(Cancelled):
-            await asyncio.wait_for(stream.text(), 5)
+            await asyncio.wait_for(stream.text(), 30)
 
 
 async def test_the_time_limit_travels_with_the_request(client: AsyncClient, server: ScriptedServer) -> None:
@@ -406,7 +406,7 @@ async def test_closing_the_client_cancels_streams_that_nobody_reads(
         await eventually(lambda: server.commands[-1].HasField("close"))
         assert any(command.HasField("cancel") for command in server.commands)
     else:
-        await asyncio.wait_for(server.cancelled.wait(), 5)
+        await asyncio.wait_for(server.cancelled.wait(), 30)
 
 
 async def test_leaving_an_idle_session_closes_it(client: AsyncClient, server: ScriptedServer) -> None:
@@ -453,7 +453,7 @@ async def test_the_blocking_client_cancels_what_is_left_early(server: ScriptedSe
             assert str(next(stream)) == "w0 "
 
     await asyncio.to_thread(use)
-    await asyncio.wait_for(server.cancelled.wait(), 5)
+    await asyncio.wait_for(server.cancelled.wait(), 30)
 
 
 def test_the_client_needs_neither_torch_nor_the_engine() -> None:

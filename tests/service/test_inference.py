@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 import pytest
 from fake_engine import EOS, MAX_MODEL_LEN, POISON
-from front import Front, read_error, refusal_of, until
+from front import SECONDS, Front, read_error, refusal_of, until
 from google.protobuf.duration_pb2 import Duration
 
 from tidegate.engine.messages import Finish, Limit, Submit
@@ -435,7 +435,7 @@ async def test_a_choice_that_lags_holds_the_others_back_no_longer_than_it_runs(s
     await until(lambda: front.engine.running and front.engine.running[0].stalled)
     front.engine.preempted = set()
     front.engine.go_on()
-    assert (await asyncio.wait_for(reading, 10))[-1] == "finished"
+    assert (await asyncio.wait_for(reading, SECONDS))[-1] == "finished"
 
 
 async def test_a_fault_of_the_engine_is_internal_with_its_reason(front: Front) -> None:
