@@ -249,7 +249,7 @@ async def test_a_command_speaks_tls_and_shows_its_certificate_and_its_token(
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
-        out, err = await asyncio.wait_for(process.communicate(), 60)
+        out, err = await asyncio.wait_for(process.communicate(), 110)
         return process.returncode, out.decode(), err.decode()
 
     generate = ["generate", "the tide", "--max-tokens", "5", "--server", address]
