@@ -28,7 +28,7 @@ config = ServerConfig(
     engine=engine,
     addresses=(sys.argv[2],),
     log_format="json",
-    drain_grace=20,
+    drain_grace=100,
     max_restarts=int(sys.argv[3]),
 )
 sys.exit(run(config))
@@ -108,7 +108,7 @@ def test_sigterm_lets_a_stream_finish_and_exits_with_0(serve: Serve, checkpoint:
         events += stream
     assert sum(len(d.token_ids) for e in events for d in e.batch.deltas) == 300
     assert events[-1].WhichOneof("event") == "finished"
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     assert not os.path.exists(address.removeprefix("unix:"))
 
 
@@ -126,7 +126,7 @@ def test_without_restarts_the_engines_end_is_told_to_clients_and_ends_the_server
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
     assert reason_of(caught.value) == "ENGINE_RESTARTING"
     assert log_until(process, "the engine has ended")["exit_code"] == -signal.SIGKILL
-    assert process.wait(20) == 1
+    assert process.wait(60) == 1
 
 
 @pytest.mark.parametrize("model", ["/nowhere/at/all", "{tmp_path}"])
