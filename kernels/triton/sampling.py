@@ -7,7 +7,7 @@ the winner of each slice; the winner of the row. Only the second has one program
 where no filter is set.
 
 A token's *distance* is how far its logit lies below the row's best. top_k and top_p each come down to the
-largest distance that they keep, found by bisection: a pass over the row counts, or weighs, the tokens
+largest distance that they keep, found by trying some: a pass over the row counts, or weighs, the tokens
 within a distance, and says which distances come next to it. Of the tokens kept, the largest score plus
 Gumbel noise wins, the noise being that of ``kernels.noise``; where tokens tie, the lowest id.
 
@@ -23,7 +23,7 @@ import triton.language as tl
 
 _SLICE = 4096
 # Of the search: as many tokens as keep its passes over the row busy, and fit into registers.
-_TILE = 8192
+_TILE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +207,14 @@ def _filter_kernel(
     surplus = tl.full((), 0, tl.float64)
     if top_k < vocab_size:
         goal = top_k.to(tl.float64)
-        kept, count = _search(row_ptr, vocab_size, best, sharpness, kept, goal, False, TILE)
+        count, farthest, _beyond = _measure(row_ptr, vocab_size, best, sharpness, kept, False, TILE)
+        kept, count = _search(row_ptr, vocab_size, best, sharpness, farthest, count, goal, False, TILE)
         # Tokens that tie for the last place: kept, but not counted in what top_p is a share of.
         surplus = (count - goal) * tl.exp2(-kept * sharpness).to(tl.float64)
     if top_p < 1:
-        weight, _nearer, _farther = _measure(row_ptr, vocab_size, best, sharpness, kept, True, TILE)
+        weight, farthest, _beyond = _measure(row_ptr, vocab_size, best, sharpness, kept, True, TILE)
         goal = top_p * (weight - surplus)
-        kept, weight = _search(row_ptr, vocab_size, best, sharpness, kept, goal, True, TILE)
+        kept, weight = _search(row_ptr, vocab_size, best, sharpness, farthest, weight, goal, True, TILE)
     # Logits that differ can be equal once divided by the temperature. Then both are kept, as on the CPU.
     kept = tl.minimum(tl.div_rn(kept, temperature), -tl.load(log_min_p_ptr + row))
     tl.store(kept_ptr + row, kept)
@@ -271,31 +272,59 @@ def _search(
     vocab_size,
     best,
     sharpness,
-    limit,
+    upper,
+    total,
     goal,
     BY_WEIGHT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The smallest distance up to ``limit`` within which the tokens' total reaches the goal, and the total.
+    """The smallest distance within which the tokens' total reaches the goal, and that total.
 
-    Between the bounds lies the answer, or it is the upper one: a token's own distance, always.
+    The answer is ``upper``, at first the farthest token's distance, within which all make ``total``, or lies
+    between ``following`` and it. Both are distances of tokens, and each pass moves one to another token. A pass
+    is dear: where to look next is guessed from the totals at both bounds (the Illinois algorithm, Dowell and
+    Jarratt, 1971), and every third time it is the middle.
     """
-    total, upper, _farther = _measure(row_ptr, vocab_size, best, sharpness, limit, BY_WEIGHT, TILE)
-    lower = tl.full((), -1.0, tl.float32)
-    searching = upper > lower
+    lower = tl.full((), 0.0, tl.float32)
+    following = tl.full((), 0.0, tl.float32)
+    # At the distance 0 there is the best token at least, of weight 1.
+    missing = _gap(tl.full((), 1.0, tl.float64), goal, BY_WEIGHT)
+    surplus = _gap(total, goal, BY_WEIGHT)
+    moved_upper = 0
+    passes = 0
+    searching = (following < upper) & (total > goal)
     while searching:
-        middle = lower + (upper - lower) / 2
-        if middle >= upper:
-            middle = lower
+        share = tl.where(passes % 3 == 2, 0.5, missing / (missing + surplus))
+        middle = lower + (upper - lower) * share
+        middle = tl.maximum(tl.where(middle < upper, middle, following), following)
         within, nearer, farther = _measure(row_ptr, vocab_size, best, sharpness, middle, BY_WEIGHT, TILE)
         if within >= goal:
             upper = nearer
             total = within
-            searching = within > goal
+            surplus = _gap(within, goal, BY_WEIGHT)
+            # The other bound stays once more: count it half, or it would stay for long.
+            missing = tl.where(moved_upper > 0, missing / 2, missing)
+            moved_upper = 1
         else:
             lower = middle
-            searching = farther < upper
+            following = farther
+            missing = _gap(within, goal, BY_WEIGHT)
+            surplus = tl.where(moved_upper < 0, surplus / 2, surplus)
+            moved_upper = -1
+        searching = (following < upper) & (total > goal)
+        passes += 1
     return upper, total
+
+
+@triton.jit
+def _gap(total, goal, BY_WEIGHT: tl.constexpr):
+    """How far a total is from its goal, by what grows about evenly with the distance near it: the weight, but
+    the logarithm of a count. Something positive in any case.
+    """
+    ratio = (total / tl.maximum(goal, 1e-30)).to(tl.float32)
+    if BY_WEIGHT:
+        return tl.abs(ratio - 1.0) + 1e-9
+    return tl.abs(tl.log2(tl.maximum(ratio, 1e-30))) + 1e-9
 
 
 @triton.jit
@@ -314,8 +343,11 @@ def _measure(
     total_X = tl.zeros((TILE,), tl.float64)
     nearer_X = tl.zeros((TILE,), tl.float32)
     farther_X = tl.full((TILE,), float("inf"), tl.float32)
+    next_X = _load_logits(row_ptr, tl.arange(0, TILE), vocab_size)
     for start in tl.range(0, vocab_size, TILE):
-        logits_X = _load_logits(row_ptr, start + tl.arange(0, TILE), vocab_size)
+        logits_X = next_X
+        # One tile ahead: a single program has nobody else to work while it waits.
+        next_X = _load_logits(row_ptr, start + TILE + tl.arange(0, TILE), vocab_size)
         distances_X = best - logits_X
         # A token of -inf, as the padding is, has no weight and takes part in nothing.
         within_X = (distances_X <= limit) & (distances_X < float("inf"))
