@@ -281,9 +281,9 @@ def _search(
     """The smallest distance within which the tokens' total reaches the goal, and that total.
 
     The answer is ``upper``, at first the farthest token's distance, within which all make ``total``, or lies
-    between ``following`` and it. Both are distances of tokens, and each pass moves one to another token. A pass
-    is dear: where to look next is guessed from the totals at both bounds (the Illinois algorithm, Dowell and
-    Jarratt, 1971), and every third time it is the middle.
+    between ``following`` and it. Both are distances of tokens, and each pass moves one to another token. A
+    pass is dear: where to look next is guessed from the totals at both bounds (the Illinois algorithm, Dowell
+    and Jarratt, 1971), and every third time it is the middle.
     """
     lower = tl.full((), 0.0, tl.float32)
     following = tl.full((), 0.0, tl.float32)

@@ -58,6 +58,7 @@ def sampling_rows(
             WORDS=PARAMETER_WORDS,
             TILE=128,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return rows
 

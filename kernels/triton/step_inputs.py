@@ -32,7 +32,7 @@ def apply_packet(words: torch.Tensor, packet: torch.Tensor, num_segments: int) -
     if SEGMENT_FIELDS * num_segments > len(packet):
         raise ValueError(f"packet: {len(packet)} words hold no {num_segments} segments")
     if num_segments:
-        _apply_kernel[(num_segments,)](words, packet, WORDS=SEGMENT_WORDS, num_warps=4)
+        _apply_kernel[(num_segments,)](words, packet, WORDS=SEGMENT_WORDS, num_warps=4, enable_fp_fusion=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,7 @@ def token_inputs(
             BLOCK_SIZE=block_size,
             TILE=tile,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return inputs
 
@@ -101,6 +102,7 @@ def gather_tables(
             BLOCK_SIZE=block_size,
             TILE=1024,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return tables_SM
 
@@ -134,6 +136,7 @@ def store_sampled(
             tokens_XL.stride(0),
             TILE=128,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 
@@ -145,7 +148,9 @@ def store_words(ring: torch.Tensor, first: int, words: torch.Tensor) -> None:
     if first < 0 or first + count > len(ring):
         raise ValueError(f"ring: {count} words from {first} on do not fit into {len(ring)}")
     if count:
-        _store_words_kernel[(triton.cdiv(count, 1024),)](ring, words, first, count, TILE=1024, num_warps=4)
+        _store_words_kernel[(triton.cdiv(count, 1024),)](
+            ring, words, first, count, TILE=1024, num_warps=4, enable_fp_fusion=True
+        )
 
 
 def copy_blocks(pool_NX: torch.Tensor, sources_P: torch.Tensor, targets_P: torch.Tensor) -> None:
@@ -154,7 +159,14 @@ def copy_blocks(pool_NX: torch.Tensor, sources_P: torch.Tensor, targets_P: torch
         words = pool_NX.shape[1]
         tile = 4096
         _copy_blocks_kernel[(len(sources_P), triton.cdiv(words, tile))](
-            pool_NX, sources_P, targets_P, words, pool_NX.stride(0), TILE=tile, num_warps=8
+            pool_NX,
+            sources_P,
+            targets_P,
+            words,
+            pool_NX.stride(0),
+            TILE=tile,
+            num_warps=8,
+            enable_fp_fusion=True,
         )
 
 

@@ -87,7 +87,7 @@ def run(
 def fp32_tokens(report: Report) -> None:
     """The same tokens as the CPU's engine, whatever happens to the sequences meanwhile."""
     device = open_device()
-    count = 5 if DRY else 40
+    count = 5 if DRY else 24
     variants = [
         "llama-llama3",
         "qwen2-yarn-one-kv-head",

@@ -19,11 +19,11 @@ from machine import device_name
 HERE = Path(__file__).parent
 PARTS = {
     "check": (["kernels.py", "--part", "check"], 100),
-    "models": (["models.py"], 100),
-    "swap": (["swap.py"], 60),
+    "models": (["models.py"], 150),
+    "swap": (["swap.py"], 120),
     "engine": (["engine.py"], 100),
-    "storm": (["storm.py"], 80),
-    "kernels": (["kernels.py", "--part", "time"], 80),
+    "storm": (["storm.py"], 90),
+    "kernels": (["kernels.py", "--part", "time"], 110),
     "sanitizer": (["sanitizer.py"], 90),
 }
 """Command and seconds of each, in the order in which they run."""

@@ -288,6 +288,9 @@ class Trips:
         self.device.synchronize()
 
         def write() -> None:
+            if not DRY and number < 8:
+                # A step that is still at work when the copies are ordered: what the fence is for.
+                torch.cuda._sleep(20_000_000)
             self.words.fill_(-1)
             self.words[from_P] = pattern_PW
 
