@@ -48,7 +48,7 @@ check: protos ## Lint, types, direction of imports, protos
 	$(BIN)/buf format --diff --exit-code protos
 	$(BIN)/buf breaking protos --against protos/baseline.binpb # tidegate.v1 as released: it only grows
 
-test: check wheel-env .cache/compat/kserve/.installed ## The checks, then every test against the built wheel
+test: check wheel-env .cache/compat/kserve/.installed .cache/triton-oldest/.installed ## The checks, then every test against the built wheel
 	$(WHEEL_ENV)/bin/python -m pytest
 
 # An environment in which the built wheel alone provides tidegate. The .pth file lends it the libraries
@@ -60,6 +60,13 @@ wheel-env: protos
 	$(BIN)/python -m pip --python $(WHEEL_ENV) install --quiet --disable-pip-version-check --no-deps .cache/dist/*.whl
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .cache/libraries.pth
 	mv .cache/libraries.pth $(WHEEL_ENV)/lib/python3*/site-packages/
+
+# The oldest Triton that pyproject.toml allows, found before the environment's own by PYTHONPATH.
+.cache/triton-oldest/.installed:
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps --no-compile \
+		--target $(@D) triton==3.6.0
+	touch $@
 
 compat: wheel-env $(CLIENTS:%=.cache/compat/%/.installed) ## Other people's clients against us, and the table: client, feature, result
 	$(WHEEL_ENV)/bin/python -m pytest -m '' --whole-table tests/compat

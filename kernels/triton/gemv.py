@@ -91,7 +91,7 @@ def _tile(num_inputs: int, num_outputs: int, gated: bool, device: torch.device) 
     if num_outputs < 16 * num_multiprocessors(device):
         # Few rows: all the reads of a program at once.
         return _Tile(inputs=2048, rows=2, num_warps=8)
-    return _Tile(inputs=1024, rows=2 if num_inputs > 2048 else 4, num_warps=4)
+    return _Tile(inputs=1024, rows=4, num_warps=4)
 
 
 def _launch(
