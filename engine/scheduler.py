@@ -93,6 +93,9 @@ class Scheduler:
             now=now,
         )
         self._reporter = Reporter(self._journal, self._roster, manager, limits.block_bytes, now)
+        self._short_of_room = -math.inf
+        """The highest priority of those that run and found no room to grow in this plan. Newcomers that are
+        no more urgent would take what comes free for it, one after the other, for as long as any come."""
 
     # What the front says
 
@@ -164,6 +167,7 @@ class Scheduler:
         self._eviction.timers.run_due(self._now())
         self._eviction.announce_parked()
         step = ScheduledStep(StepPlan(self._eviction.step_id + 1), [])
+        self._short_of_room = -math.inf
         if not self._plan_suspect(step):
             self._plan_decodes(step)
             budget = max(1, self._limits.max_step_tokens - len(step.plan.chunks))
@@ -278,7 +282,9 @@ class Scheduler:
         ready, admission = self._roster.ready, self._admission
         while ready and budget > 0:
             seq = ready[0]
-            if seq.request.priority <= above or not admission.find_row(seq) or not admission.enter(seq):
+            if seq.request.priority <= max(above, self._short_of_room):
+                break
+            if not admission.find_row(seq) or not admission.enter(seq):
                 break
             if seq.is_suspect and step.plan.chunks:
                 # It has its row, and the next step.
@@ -301,6 +307,7 @@ class Scheduler:
         plan = step.plan
         if start + amount > seq.reserved:
             if not self._make_room(seq, start + amount):
+                self._short_of_room = max(self._short_of_room, seq.request.priority)
                 return 0
             self._update_row(plan, seq)
         samples = amount == left

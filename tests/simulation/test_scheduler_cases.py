@@ -121,6 +121,25 @@ def test_an_urgent_request_does_not_wait_for_the_end_of_a_long_prompt(depth):
     assert tokens(outputs, "low") == expected_tokens(low, 0, 2)
 
 
+def test_room_that_a_running_prompt_waits_for_is_not_given_to_newcomers(depth):
+    """Enough comes free for the short, time and again, and never enough at once for its next chunk."""
+    stuck = Faults(copy_delay=1.0)
+    world = World(1, depth=depth, device_blocks=48, max_step_tokens=64, park_grace=0, faults=stuck)
+    submit(world, request("on its way to the host", 16, 2, leased=True))
+    outputs = step(world, 8)
+    long = request("long", 100, 2)
+    submit(world, request("urgent", 56, 12, priority=9), long)
+    outputs += step(world, 1)
+    submit(world, request("urgent too", 60, 12, priority=9), request("short", 4, 2))
+    outputs += step(world, 6)
+    assert "long" in admissions(outputs)
+    assert "short" not in admissions(outputs)
+    stuck.copy_delay = 0.0
+    outputs += step(world, 60)
+    assert tokens(outputs, "long") == expected_tokens(long, 0, 2)
+    assert "short" in ends(outputs)
+
+
 @pytest.mark.parametrize("max_tokens", [4, None])
 def test_given_output_that_leaves_nothing_to_generate_is_refused(max_tokens):
     """It would wait for ever: a choice ends where its last token is sampled."""
