@@ -246,8 +246,12 @@ class Eviction:
             seq.full_blocks_seen = seq.table.num_tokens // size
 
     def _all_may_grow(self) -> bool:
-        """Whether nobody waits, and those that run fit in what is free however long they become."""
-        room = 0 if self._roster.ready else self._manager.device.num_free
+        """Whether there is room for those that run however long they become, and nobody joins them.
+
+        Those that wait cannot while all rows are taken.
+        """
+        may_join = self._roster.ready and self._roster.rows
+        room = 0 if may_join else self._manager.num_available
         for seq in self._roster.running:
             room -= self._manager.most_blocks(seq.num_prompt + seq.max_output) - len(seq.table.blocks)
             if room <= 0:

@@ -216,6 +216,15 @@ def test_nothing_is_copied_while_all_fit_however_long_they_become(depth, device_
     assert (world.core.stats().swap_out_bytes > 0) is copies
 
 
+@pytest.mark.parametrize(("rows", "copies"), [(4, False), (8, True)])
+def test_nothing_is_copied_for_those_that_wait_for_a_row(rows, copies, depth):
+    """All that can run at once fit, and only where more rows are free do they crowd one another."""
+    world = World(1, depth=depth, device_blocks=48, max_num_seqs=rows, max_step_tokens=64, write_ahead=1.0)
+    submit(world, *(request(f"r{i}", 20, 24) for i in range(12)))
+    step(world, 120)
+    assert (world.core.stats().swap_out_bytes > 0) is copies
+
+
 def test_each_recompute_that_was_chosen_is_logged_with_what_both_ways_would_take(depth):
     world = World(1, depth=depth, device_blocks=12, write_ahead=0)
     world.tiers.bytes_per_second = 1e3
