@@ -250,13 +250,14 @@ class Eviction:
 
         Those that wait cannot while all rows are taken.
         """
-        may_join = self._roster.ready and self._roster.rows
-        room = 0 if may_join else self._manager.num_available
+        if self._roster.ready and self._roster.rows:
+            return False
+        room = self._manager.num_available
         for seq in self._roster.running:
             room -= self._manager.most_blocks(seq.num_prompt + seq.max_output) - len(seq.table.blocks)
-            if room <= 0:
+            if room < 0:
                 return False
-        return room > 0
+        return True
 
     def _holders(self) -> list[Sequence]:
         """All that have device blocks of their own to give."""
