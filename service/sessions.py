@@ -151,19 +151,23 @@ class Sessions:
         except Failure as failure:
             # A client that breaks the protocol does not know what it has here: nothing is kept for it.
             delivery.close(failure)
-            self._end(session)
+            if session.delivery is delivery:
+                self._end(session)
         except Exception as error:  # noqa: BLE001  in a task of its own, nobody else would see it
             log_unexpected("a session's command failed", error)
             delivery.close(Failure.internal())
         else:
-            session.commands_ended()
-            if session.is_done:
-                delivery.close()
+            if session.delivery is delivery:  # a stream that was superseded may hear its end much later
+                session.commands_ended()
+                if session.is_done:
+                    delivery.close()
 
     async def _beat(self, session: Session, delivery: Delivery) -> None:
         """Say something now and then, since proxies cut idle streams; end a session that nobody uses."""
         while True:
             await asyncio.sleep(min(self.limits.heartbeat_interval, self.limits.idle_timeout))
+            if session.delivery is not delivery:
+                return
             if session.is_idle and time.monotonic() - session.heard_at >= self.limits.idle_timeout:
                 session.is_closing = True
                 delivery.close()

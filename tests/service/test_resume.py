@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -10,8 +11,10 @@ import pytest
 from front import SECONDS, Front, SessionClient, open_session, read_error, read_status, until
 
 from tidegate.engine.messages import Limit, Submit
+from tidegate.service.errors import Failure
 from tidegate.service.session_limits import SessionLimits
 from tidegate.v1 import control_pb2, events_pb2
+from tidegate.v1.session_pb2 import SessionRequest, SessionResponse
 
 Start = Callable[..., Any]
 
@@ -116,6 +119,61 @@ async def test_a_second_open_takes_the_session_from_the_first_stream(front: Fron
     await second.send(credit={"request_id": "r", "upto": 30})
     await finish(second, "r")
     assert second.text("r") == front.engine.expected("the tide", 30)[10:]
+
+
+class Feed:
+    """A client's half of a stream without a connection: what comes, and when the server has heard its end."""
+
+    def __init__(self) -> None:
+        self.commands: asyncio.Queue[SessionRequest | Failure | None] = asyncio.Queue()
+        self.heard_the_end = asyncio.Event()
+
+    async def read(self) -> AsyncIterator[SessionRequest]:
+        try:
+            while (command := await self.commands.get()) is not None:
+                if isinstance(command, Failure):
+                    raise command
+                yield command
+        finally:
+            self.heard_the_end.set()
+
+    def send(self, **command: Any) -> None:
+        self.commands.put_nowait(SessionRequest(**command))
+
+
+@pytest.mark.parametrize("end", [None, Failure("UNDECODABLE_MESSAGE", "no valid protobuf")])
+async def test_a_superseded_streams_late_end_leaves_the_session_to_its_new_stream(
+    front: Front, end: Failure | None
+) -> None:
+    """The old stream hangs in a write, as to a peer that is gone; then its connection gives up."""
+    sessions = front.server._sessions
+    old, new = Feed(), Feed()
+    async with aclosing(sessions.serve(old.read())) as hanging, aclosing(sessions.serve(new.read())) as told:
+        old.send(open={})
+        token = (await anext(hanging)).opened.resume_token
+        old.send(start=start("r", credit=2))
+        assert (await anext(hanging)).HasField("admitted")  # and it is asked for nothing more
+        new.send(open={"resume_token": token})
+        await anext(told)
+        carried = asyncio.create_task(finished_of(told, "r", "next"))
+        old.commands.put_nowait(end)
+        await asyncio.wait_for(old.heard_the_end.wait(), SECONDS)
+        new.send(start=start("next", "other"))
+        new.send(credit={"request_id": "r", "upto": 10})
+        assert await asyncio.wait_for(carried, SECONDS) == {"r": 10, "next": 10}
+        assert [session.token for session in sessions.of("local")] == [token]
+
+
+async def finished_of(responses: AsyncIterator[SessionResponse], *request_ids: str) -> dict[str, int]:
+    """How many tokens each of these requests has made, once all have finished."""
+    finished: dict[str, int] = {}
+    async for response in responses:
+        assert not response.HasField("request_error"), response
+        if response.HasField("finished"):
+            finished[response.finished.request_id] = response.finished.usage.output_tokens
+            if finished.keys() == {*request_ids}:
+                return finished
+    raise AssertionError(f"the stream ended behind {finished}")
 
 
 async def test_ends_are_told_again_until_they_are_acknowledged(front: Front) -> None:
