@@ -18,9 +18,6 @@ from tidegate.service.metrics import RpcMetrics
 from tidegate.service.observe import Tracer
 from tidegate.service.stalls import Stalls
 
-MAX_METHODS = 256
-"""More than there are: while a model loads, strangers may make up names of methods."""
-
 Handler = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Any]
 Parse = Callable[[bytes], Message]
 
@@ -64,8 +61,6 @@ class Guard(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         known, guarded = self._guarded.get(method, (None, None))
         if known is not handler:
-            if len(self._guarded) >= MAX_METHODS:
-                self._guarded.clear()
             guarded = self._guard_handler(method, handler)
             self._guarded[method] = handler, guarded
         return guarded

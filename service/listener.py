@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import grpc
 import grpc.aio
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -77,7 +78,13 @@ class Services(grpc.GenericRpcHandler):
 
     def __init__(self, awaited: Iterable[str]) -> None:
         """``awaited``: the full names of those to come."""
-        self._awaited = frozenset(awaited)
+        # Strangers make names up, and the guard and the metrics keep every name that has a handler.
+        self._awaited = frozenset(
+            f"/{service}/{method}"
+            for service in awaited
+            for method in descriptor_pool.Default().FindServiceByName(service).methods_by_name
+        )
+        """Methods, as calls name them."""
         self._handlers: list[grpc.GenericRpcHandler] = []
 
     @property
@@ -100,8 +107,7 @@ class Services(grpc.GenericRpcHandler):
         for handler in self._handlers:
             if (found := handler.service(handler_call_details)) is not None:
                 return found
-        service, _, _ = handler_call_details.method.removeprefix("/").partition("/")
-        return _REFUSAL if service in self._awaited else None
+        return _REFUSAL if handler_call_details.method in self._awaited else None
 
 
 async def _refuse(requests: object, context: object) -> None:
@@ -189,11 +195,11 @@ class Listener:
         Returns False where gRPC cannot end: a client is frozen, with its buffers full.
         """
         await self.health.close()
-        self._stopping = asyncio.create_task(self._server.stop(STOP_SECONDS))
-        await asyncio.wait({self._stopping}, timeout=2 * STOP_SECONDS)
-        is_closed = self._stopping.done()
+        stopping = asyncio.create_task(self._server.stop(STOP_SECONDS))
+        await asyncio.wait({stopping}, timeout=2 * STOP_SECONDS)
+        is_closed = stopping.done()
         if is_closed:
-            self._stopping.result()
+            stopping.result()
         for side_server in (self._health_server, self._admin_server):
             await side_server.stop(SIDE_STOP_SECONDS)
         self._ports.close()

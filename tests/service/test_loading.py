@@ -125,9 +125,18 @@ async def test_what_there_will_never_be_is_unimplemented_at_once(listener: Liste
         assert await code("/tidegate.v1.AdminService/Pause") == grpc.StatusCode.UNIMPLEMENTED
         assert await code("/nothing") == grpc.StatusCode.UNIMPLEMENTED
         assert await code("/a/b/c") == grpc.StatusCode.UNIMPLEMENTED
-        assert await code("/tidegate.v1.ControlService/Nothing") == grpc.StatusCode.UNAVAILABLE
+        assert await code("/tidegate.v1.ControlService/Nothing") == grpc.StatusCode.UNIMPLEMENTED
         async with loaded(listener):
             assert await code("/tidegate.v1.ControlService/Nothing") == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_names_that_a_stranger_makes_up_are_not_kept(listener: Listener) -> None:
+    async with grpc.aio.insecure_channel(listener.addresses[0]) as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await raw(channel, "/tidegate.v1.InferenceService/MadeUp")
+        await refusal_of(raw(channel, "/tidegate.v1.InferenceService/GenerateUnary"))
+    await refused(listener, "GenerateUnary")
+    assert "MadeUp" not in await scrape(listener)
 
 
 async def test_a_stranger_is_not_told_that_it_loads(tmp_path: Path) -> None:
