@@ -190,4 +190,6 @@ class Sessions:
             expiry.cancel()
         if self._sessions.pop(session.token, None) is not None:
             self._num_of_tenant[session.tenant] -= 1
+            if not self._num_of_tenant[session.tenant]:
+                del self._num_of_tenant[session.tenant]
             session.end()

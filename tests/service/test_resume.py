@@ -354,6 +354,17 @@ async def test_an_idle_session_is_closed_and_too_many_are_refused(start_front: S
     assert not busy.call.done()
 
 
+async def test_of_a_tenant_without_sessions_nothing_is_kept(front: Front) -> None:
+    """Tenants come and go, named by their tokens."""
+    session = await open_session(front)
+    sessions = front.server._sessions
+    assert sessions._num_of_tenant == {"local": 1}
+    await session.send(close={})
+    await session.rest()
+    await until(lambda: not sessions.of("local"))
+    assert list(sessions._num_of_tenant) == []
+
+
 async def test_a_slow_readers_logs_and_texts_stay_below_64_kb(front: Front) -> None:
     """It has all the credit that it wants, and takes nothing; then it gets everything."""
     session = await open_session(front)
