@@ -15,7 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from tidegate.engine.messages import Finish, Limit, Submit
 from tidegate.service.admission import AdmissionLimits
-from tidegate.service.call import DEADLINE_MARGIN, UNREAD_TOKENS
+from tidegate.service.call import UNREAD_TOKENS
 from tidegate.service.errors import CODES
 from tidegate.service.intake import MAX_PROMPT_CHARS
 from tidegate.service.listener import MAX_MESSAGE_BYTES
@@ -356,15 +356,16 @@ async def test_a_client_that_is_killed_frees_its_requests(start_front: Start) ->
 
 @pytest.fixture
 def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The margin before a deadline is for machines that answer in time: here it is ten times as much."""
-    monkeypatch.setattr("tidegate.service.call.DEADLINE_MARGIN", 10 * DEADLINE_MARGIN)
+    """Of the 30 s until a deadline 28 are left to deliver what there is, however slow the machine."""
+    monkeypatch.setattr("tidegate.service.call.DEADLINE_MARGIN", 28.0)
 
 
 @pytest.mark.usefixtures("busy_machine")
 async def test_a_little_before_the_deadline_what_there_is_ends_with_ok(start_front: Start) -> None:
-    front = await start_front(step_seconds=0.02)
-    for _ in range(3):
-        response = await front.inference.GenerateUnary(unary(), timeout=1.5)
+    front = await start_front(step_seconds=0.02)  # 40 s to the end of the context
+    await front.channel.channel_ready()
+    calls = [front.inference.GenerateUnary(unary(), timeout=30) for _ in range(3)]
+    for response in await asyncio.gather(*calls):
         (end,) = response.finished.choices
         assert end.reason == events_pb2.FINISH_REASON_DEADLINE
         assert 0 < end.output_tokens == len(response.completions[0].token_ids)
@@ -373,11 +374,12 @@ async def test_a_little_before_the_deadline_what_there_is_ends_with_ok(start_fro
 
 @pytest.mark.usefixtures("busy_machine")
 async def test_a_step_longer_than_the_time_left_does_not_hold_up_the_end(start_front: Start) -> None:
-    front = await start_front(script=lambda prompt, offset, choice: "x")
+    front = await start_front(step_seconds=0.02, script=lambda prompt, offset, choice: "x")
+    await front.channel.channel_ready()
     events = []
-    async for response in front.inference.Generate(request(sampling=tokens(2000)), timeout=1.5):
+    async for response in front.inference.Generate(request(sampling=tokens(2000)), timeout=30):
         events.append(response)
-        front.engine.step_seconds = 5.0
+        front.engine.step_seconds = 60.0
     assert events[-1].finished.choices[0].reason == events_pb2.FINISH_REASON_DEADLINE
 
 
@@ -391,11 +393,9 @@ async def test_a_deadline_in_the_queue_is_deadline_exceeded(front: Front) -> Non
 
 
 async def test_the_earlier_of_deadline_and_time_limit_counts(start_front: Start) -> None:
-    front = await start_front(step_seconds=0.01)
-    began = asyncio.get_running_loop().time()
-    response = await front.inference.GenerateUnary(unary(time_limit=Duration(nanos=10**8)), timeout=10)
+    front = await start_front(step_seconds=0.01)  # at the deadline, the context would have been full for long
+    response = await front.inference.GenerateUnary(unary(time_limit=Duration(seconds=2)), timeout=60)
     assert response.finished.choices[0].reason == events_pb2.FINISH_REASON_DEADLINE
-    assert asyncio.get_running_loop().time() - began < 9
 
 
 async def test_a_reader_that_does_not_read_holds_the_engine_back(start_front: Start) -> None:

@@ -341,7 +341,7 @@ async def test_a_failed_request_may_be_tried_again_under_its_id(front: Front) ->
 
 
 async def test_an_idle_session_is_closed_and_too_many_are_refused(start_front: Start) -> None:
-    front = await start_front(limits=limits(idle_timeout=2, sessions_per_tenant=2))
+    front = await start_front(limits=limits(idle_timeout=5, sessions_per_tenant=2))
     idle, busy = await open_session(front), await open_session(front)
     await busy.send(start=start("r", max_tokens=1000, credit=3))
     third = SessionClient(front.inference.Session())
