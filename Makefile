@@ -62,7 +62,7 @@ wheel-env: protos
 	mv .cache/libraries.pth $(WHEEL_ENV)/lib/python3*/site-packages/
 
 # The oldest Triton that pyproject.toml allows, found before the environment's own by PYTHONPATH.
-.cache/triton-oldest/.installed:
+.cache/triton-oldest/.installed: pyproject.toml
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps --no-compile \
 		--target $(@D) triton==3.6.0

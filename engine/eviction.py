@@ -241,7 +241,7 @@ class Eviction:
         ranked = sorted(self._candidates(ready), key=lambda pair: policy.victim_rank(pair[1]))
         for seq, _ in ranked:
             most -= manager.write_ahead(seq.table.full_blocks(size), most)
-            if most == 0:
+            if most == 0 or not manager.num_host_available:
                 return
             seq.full_blocks_seen = seq.table.num_tokens // size
 

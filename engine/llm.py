@@ -70,7 +70,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     seed: int
-    """Given again, it gives the same tokens."""
+    """Given again, it gives the same tokens; in bfloat16 but for near ties."""
 
 
 class LLM:

@@ -73,7 +73,7 @@ class Sequence:
     high_water: int = 0
     """The furthest that KV was ever computed: anything below it that is computed again is recomputed."""
     full_blocks_seen: int = 0
-    """Those that were looked at for copies ahead; all are again once there is one more."""
+    """Those that were looked at for copies ahead while the host had room; all are after one more."""
     failures: int = 0
     immune_until: int = 0
     preempted_at: float | None = None

@@ -37,7 +37,8 @@ class KVGroup:
 
     def most_blocks(self, num_tokens: int, step_tokens: int, block_size: int) -> int:
         """Held at once, at the most, by a sequence that grows to ``num_tokens`` positions, no more than
-        ``step_tokens`` at a time.
+        ``step_tokens`` of them not yet committed. A prompt whose next chunk is planned before the last one
+        is collected holds those of one more step, where there is room for them.
         """
         blocks = -(-num_tokens // block_size)
         if self.window is None:

@@ -49,10 +49,10 @@ def size_tiers(
     device_free: int | None = None,
     groups: Sequence[KVGroup] = FULL_ATTENTION,
 ) -> TierSizes:
-    """``model_len`` is what the model allows, or what was asked for; ``step_tokens`` the most of
-    one step; ``free`` is ``headroom()``.
-    ``device_free``: bytes for the device tier where it has memory of its own. Where the configuration gives
-    a tier in tokens, it is what sequences of so many tokens would take that all groups keep.
+    """``model_len`` is what the model allows, or what was asked for; ``step_tokens`` the most of one step;
+    ``free`` is ``headroom()``; ``device_free``: bytes for the device tier where it has memory of its own.
+    Where the configuration gives a tier in tokens, it is what sequences of so many tokens would take that
+    all groups keep.
 
     Raises ``ConfigError`` where the device tier cannot hold one sequence of ``max_model_len``.
     """
@@ -72,7 +72,7 @@ def size_tiers(
     if longest < min(config.max_model_len or 0, model_len) or longest < 2:
         raise ConfigError(
             f"device_kv_tokens: the device tier holds {longest} tokens of one sequence, and a block "
-            f"of {block_size} to spare, less than max_model_len {config.max_model_len or 2}; "
+            f"of {block_size} a KV group to spare, less than max_model_len {config.max_model_len or 2}; "
             "raise the one or lower the other"
         )
     return TierSizes(device=device, host=host, max_model_len=min(model_len, longest))

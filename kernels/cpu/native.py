@@ -85,7 +85,6 @@ class NativeKernels:
     def __init__(self, dtype: torch.dtype, head_dim: int, num_threads: int) -> None:
         self._threads = num_threads
         compiled = compile_kernels({_SCALARS[dtype]: "1", "HEAD_DIM": str(head_dim)})
-        self.compile_seconds = compiled.seconds
         try:
             library = ctypes.CDLL(str(compiled.path))
         except OSError as error:

@@ -9,7 +9,7 @@ from tidegate.engine.memory.block import BlockTable
 from tidegate.engine.memory.tiers import BlockManager
 
 ROUND_TRIPS = int(os.environ.get("BLOCK_ROUND_TRIPS", "20000"))
-"""CI's share: `make integrity` makes a million."""
+"""CI's share: `make integrity ROUND_TRIPS=1000000` makes a million."""
 
 
 @pytest.mark.timeout(120 + ROUND_TRIPS // 500)
