@@ -81,8 +81,11 @@ def server_of(args: argparse.Namespace) -> Iterator[str]:
     if args.model is None:
         yield args.server
         return
-    if args.tls_ca is not None or args.token_file is not None:
-        raise ConfigError("--tls-ca and --token-file are for --server: beside --model nobody asks for them")
+    if any(file is not None for file in (args.tls_ca, args.tls_cert, args.tls_key, args.token_file)):
+        raise ConfigError(
+            "--tls-ca, --tls-cert, --tls-key and --token-file are for --server: beside --model nobody asks"
+            " for them"
+        )
     if sys.stderr.isatty():
         sys.stderr.write(f"loading {args.model}...\n")
     with private_server([args.model]) as address:

@@ -253,12 +253,13 @@ async def test_a_command_speaks_tls_and_shows_its_certificate_and_its_token(
         return process.returncode, out.decode(), err.decode()
 
     generate = ["generate", "the tide", "--max-tokens", "5", "--server", address]
-    whole, without_token, without_tls, top, mixed = await asyncio.gather(
+    whole, without_token, without_tls, top, mixed, certified = await asyncio.gather(
         run(*generate, *tls, "--token-file", token),
         run(*generate, *tls),
         run(*generate, "--token-file", token),
         run("top", address, "--once", *tls, "--token-file", token),
         run("generate", "x", "--model", "demo", "--token-file", token),
+        run("generate", "x", "--model", "demo", "--tls-cert", own.cert, "--tls-key", own.key),
     )
     assert whole == (0, front.engine.expected("the tide", 5) + "\n", "")
     assert tenants(front) == ["alice"]
@@ -268,7 +269,8 @@ async def test_a_command_speaks_tls_and_shows_its_certificate_and_its_token(
     )
     assert (without_tls[0], "no server answers" in without_tls[2]) == (1, True)
     assert (top[0], "device" in top[1]) == (0, True)
-    assert (mixed[0], "--token-file are for --server" in mixed[2]) == (1, True)
+    for refused in (mixed, certified):
+        assert (refused[0], "--token-file are for --server" in refused[2]) == (1, True)
 
 
 # --- signed tokens ----------------------------------------------------------------------------------------
@@ -496,9 +498,12 @@ async def test_renewed_certificates_hold_from_the_next_connection_on(
     # A certificate that cannot work changes nothing.
     servers["new"].cert.write_text("half of a certif")
     assert await reaches("new")
+    # Nor does a key that all may read, until its mode is put right.
+    servers["old"].key.chmod(0o644)
     servers["old"].cert.rename(servers["new"].cert)
     servers["old"].key.rename(servers["new"].key)
-    authorities["old"].cert.rename(authorities["new"].cert)
+    assert await reaches("new")
+    servers["new"].key.chmod(0o600)
     assert not await reaches("new")
 
 
