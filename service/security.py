@@ -101,14 +101,17 @@ class Tls:
             [(key.encode(), chain.encode())], None if client_ca is None else client_ca.encode()
         )
 
-    def stamps(self) -> list[tuple[int, int]]:
-        """They change when a file does; a volume of Kubernetes puts a link to another file in its place."""
+    def stamps(self) -> list[tuple[int, int, int]]:
+        """They change when a file does, or its mode.
+
+        A volume of Kubernetes puts a link to another file in its place.
+        """
         stamps = []
         for path in (self._cert, self._key, self._client_ca):
             if path is not None:
                 with contextlib.suppress(OSError):
                     stat = path.stat()
-                    stamps.append((stat.st_ino, stat.st_mtime_ns))
+                    stamps.append((stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns))
         return stamps
 
 
