@@ -115,7 +115,7 @@ async def _serve(
     _log.info(
         "ready",
         model=engine.info.model,
-        addresses=listener.addresses,
+        addresses=listener.addresses[: len(config.addresses)],  # the gateway's is behind them
         health=listener.health_addresses,
         admin=listener.admin_addresses,
         metrics=listener.metrics_address,

@@ -46,6 +46,7 @@ def test_a_gateway_that_does_not_get_ready_does_not_keep_the_server_from_ending(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     with served(tmp_path, "demo", "--openai-port", str(free_port())) as server:
+        assert server.wait_for_log("ready")["addresses"] == [server.address]  # and not the gateway's own
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0  # it would wait for the gateway for a minute
 
