@@ -21,6 +21,7 @@ import msgspec
 from tidegate.engine.messages import PositionLogprobs
 from tidegate.engine.request import FinishReason, SamplingParams
 from tidegate.engine.text import Text, TextDelta, TextStream
+from tidegate.service.credit import POSITION_BYTES, TOKEN_BYTES
 from tidegate.service.events import ChoiceEnd, Delta, Progress
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -148,6 +149,12 @@ class Choice:
         text = self.stream.change_stops(stops)
         if not self._is_behind:
             self.waiting_text += text
+
+    @property
+    def log_bytes(self) -> int:
+        """What its log takes."""
+        logprobs = len(self._logprobs) * POSITION_BYTES + sum(map(len, self._logprobs))
+        return len(self.token_ids) * TOKEN_BYTES + logprobs
 
     # What leaves.
 

@@ -287,6 +287,16 @@ class Generation:
         """The output tokens so far, of each choice."""
         return [choice.token_ids for choice in self._choices]
 
+    @property
+    def log_bytes(self) -> int:
+        """What the logs of all choices take."""
+        return sum(choice.log_bytes for choice in self._choices)
+
+    @property
+    def is_being_told(self) -> bool:
+        """Whether a stream still waits for its end."""
+        return self.listener is not None and not self._end_is_sent
+
     def shed(self) -> None:
         """It has ended: let go of what only an engine, or those that continue it, would want to know."""
         self.conversation = None

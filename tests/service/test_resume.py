@@ -11,6 +11,7 @@ import pytest
 from front import SECONDS, Front, SessionClient, open_session, read_error, read_status, until
 
 from tidegate.engine.messages import Limit, Submit
+from tidegate.service import remembered
 from tidegate.service.errors import Failure
 from tidegate.service.session_limits import SessionLimits
 from tidegate.v1 import control_pb2, events_pb2
@@ -327,6 +328,42 @@ async def test_the_same_start_in_the_same_session_changes_nothing(front: Front) 
     assert session.text("r") == front.engine.expected("the tide", 20)
     assert session.ends("r") == ["finished"]
     assert not [r for r in session.seen if r.HasField("command_rejected")]
+
+
+async def test_what_is_remembered_has_a_cap_in_bytes_and_the_oldest_goes(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remembered, "LOG_BYTES", 2 * 10 * 4)  # two of ten tokens
+    session = await open_session(front)
+    for name in ("oldest", "older", "newest"):
+        await session.send(start=start(name))
+        await finish(session, name)
+    await session.send(close={})
+    await session.rest()
+    session = await open_session(front)
+    for name in ("older", "newest"):
+        await session.send(start=start(name))
+        await finish(session, name)
+    assert len(front.engine.sent(Submit)) == 3
+    await session.send(start=start("oldest"))
+    await finish(session, "oldest")
+    assert len(front.engine.sent(Submit)) == 4
+
+
+async def test_logprobs_that_are_remembered_count_against_the_cap(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remembered, "LOG_BYTES", 2 * 10 * 4)
+    large = start("large", sampling={"logprobs": 1})
+    session = await open_session(front)
+    await session.send(start=large)
+    await finish(session, "large")
+    await session.send(start=start("small"))
+    await finish(session, "small")
+    again = await open_session(front)
+    await again.send(start=large)
+    await finish(again, "large")
+    assert len(front.engine.sent(Submit)) == 3
 
 
 async def test_a_failed_request_may_be_tried_again_under_its_id(front: Front) -> None:
