@@ -20,6 +20,8 @@ LONGEST_LEASE = 86_400.0
 """Seconds."""
 TRANSCRIPT_BYTES = 64 * 2**20
 """Of all transcripts of a tenant."""
+LEASE_BYTES = 1024
+"""What a lease takes beside its tokens."""
 TOKEN_BYTES = 4
 
 
@@ -39,6 +41,10 @@ class Lease:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + sum(map(len, self.outputs))
+
+    @property
+    def transcript_bytes(self) -> int:
+        return LEASE_BYTES + self.num_tokens * TOKEN_BYTES
 
 
 @dataclass(slots=True)
@@ -78,9 +84,7 @@ class Leases:
     def check(self, tenant: str) -> None:
         """Raises ``Failure`` where the tenant has no room for one more transcript."""
         if tenant in self._tenants and self._tenants[tenant].transcript_bytes >= TRANSCRIPT_BYTES:
-            raise Failure(
-                "LEASES_FULL", "the tenant's leases hold too many tokens; end some, or lease shorter"
-            )
+            raise Failure("LEASES_FULL", "the tenant's leases hold too much; end some, or lease shorter")
 
     def keep(self, generation: Generation) -> None:
         """A leased request has ended."""
@@ -102,7 +106,7 @@ class Leases:
         tenant.leases[lease.request_id] = lease
         if lease.has_kv:
             tenant.kv_bytes += lease.num_tokens * self._token_bytes
-        tenant.transcript_bytes += lease.num_tokens * TOKEN_BYTES
+        tenant.transcript_bytes += lease.transcript_bytes
         lease.timer = asyncio.get_running_loop().call_later(seconds, self._drop, lease)
         self._shrink(tenant)
 
@@ -133,7 +137,7 @@ class Leases:
         tenant = self._tenants[lease.tenant]
         self._release(tenant, lease)
         del tenant.leases[lease.request_id]
-        tenant.transcript_bytes -= lease.num_tokens * TOKEN_BYTES
+        tenant.transcript_bytes -= lease.transcript_bytes
         if lease.timer is not None:
             lease.timer.cancel()
         if not tenant.leases:

@@ -246,12 +246,14 @@ async def test_an_update_that_cannot_be_is_rejected_and_ends_nothing(front: Fron
 async def test_a_tenant_whose_transcripts_fill_their_room_leases_no_more(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "TRANSCRIPT_BYTES", 4)
+    """A lease counts beyond its few tokens, too."""
+    monkeypatch.setattr(leases, "TRANSCRIPT_BYTES", 2000)
     session = await open_session(front)
-    await session.send(start=start("first", lease=LEASE))
-    await session.next("finished")
+    for name in ("first", "other"):
+        await session.send(start=start(name, lease=LEASE))
+        await session.next("finished")
     await session.send(start=start("second", lease=LEASE))
-    error = read_status((await session.next("request_error")).request_error.status)
+    error = read_status((await session.next("request_error", "finished")).request_error.status)
     assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "LEASES_FULL")
     await session.send(start=start("unleased"))
     assert (await session.next("finished")).finished.request_id == "unleased"
