@@ -17,6 +17,7 @@ from tidegate.service.leases import LONGEST_LEASE, Origin, Stem
 from tidegate.v1 import inference_pb2, prompt_pb2, sampling_pb2, session_pb2
 
 MAX_REQUEST_ID_CHARS = 256
+BAD_REQUEST_ID = Violation("request_id", f"must have 1 to {MAX_REQUEST_ID_CHARS} characters")
 MAX_CHAT_PARTS = 2**14
 """Messages of a conversation and parts of their contents: a template renders some 200,000 a second."""
 MAX_PROMPT_CHARS = 2**22
@@ -77,8 +78,7 @@ class Intake:
         """
         self.check_model(message)
         if not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS:
-            text = f"must have 1 to {MAX_REQUEST_ID_CHARS} characters"
-            raise Failure.invalid([Violation("request_id", text), *self._violations(message)])
+            raise Failure.invalid([BAD_REQUEST_ID, *self._violations(message)])
         limits = [] if time_limit is None else [time_limit]
         if (limit := seconds(message.time_limit)) > 0:
             limits.append(limit)

@@ -17,7 +17,7 @@ from tidegate.service.events import CommandRejected, Failed
 from tidegate.service.generation import Generation
 from tidegate.service.hub import Hub
 from tidegate.service.identity import caller
-from tidegate.service.intake import Intake, digest
+from tidegate.service.intake import BAD_REQUEST_ID, MAX_REQUEST_ID_CHARS, Intake, digest
 from tidegate.service.leases import Origin
 from tidegate.service.session_limits import SessionLimits
 from tidegate.v1 import control_pb2, session_pb2
@@ -249,6 +249,10 @@ class Session:
         ``refusal``: why it cannot be started, if it is not one that there is already.
         """
         request_id = start.request_id
+        if len(request_id) > MAX_REQUEST_ID_CHARS:
+            # A RequestError would be kept, with an id of any size, until it is acknowledged.
+            self._reject(request_id, command, Failure.invalid([BAD_REQUEST_ID]))
+            return
         other = self._hub.known(self.tenant, request_id)
         is_same = other is not None and bool(other.digest) and other.digest == content
         if request_id in self._open:
@@ -316,7 +320,7 @@ class Session:
 
     def _reject(self, request_id: str, command: str, failure: Failure) -> None:
         self._num_rejections += 1
-        self._put(CommandRejected(request_id, command, failure))
+        self._put(CommandRejected(request_id[:MAX_REQUEST_ID_CHARS], command, failure))
 
     # Events.
 

@@ -25,7 +25,7 @@ from tidegate.service.client.errors import (
 )
 from tidegate.service.client.messages import Event, Options, PromptInput
 from tidegate.service.client.retry import Attempts
-from tidegate.service.client.session_stream import Command, SessionStream
+from tidegate.service.client.session_stream import MAX_REQUEST_ID_CHARS, Command, SessionStream
 from tidegate.v1 import events_pb2, session_pb2
 
 CLOSE_GRACE = 2.0
@@ -367,6 +367,9 @@ class Session:
         window = self.opened.limits.default_credit if credit is None else credit
         if auto_credit and window <= 0:
             raise ValueError("credit must be positive; 0 needs auto_credit=False")
+        if len(command.request_id) > MAX_REQUEST_ID_CHARS:
+            # The server's answer would name no request of ours.
+            raise ValueError(f"request_id may have at most {MAX_REQUEST_ID_CHARS} characters")
         if command.request_id in self._streams:
             raise ValueError(f"request {command.request_id!r} is under way on this session already")
         command.credit = given + window

@@ -17,6 +17,7 @@ from tidegate.service.client.retry import Attempts
 from tidegate.service.client.stream import Stream
 from tidegate.v1 import prompt_pb2, session_pb2
 
+MAX_REQUEST_ID_CHARS = 256
 TOKEN_BYTES = 4
 POSITION_BYTES = 48
 LOGPROB_BYTES = 18
@@ -183,7 +184,8 @@ class SessionStream(Stream):
             for held in self._held:
                 held.acked, held.chars_here = 0, 0
         # A name of its own: a server that lost the session may still know the request by the old one.
-        self.wire_id = start.request_id = f"{self.request_id}.{uuid.uuid4().hex[:8]}"
+        suffix = f".{uuid.uuid4().hex[:8]}"
+        self.wire_id = start.request_id = self.request_id[: MAX_REQUEST_ID_CHARS - len(suffix)] + suffix
         self._command, self._fork = start, None
 
     def arrive(self, event: Event) -> int:

@@ -423,6 +423,12 @@ async def test_two_requests_of_a_session_cannot_share_an_id(client: AsyncClient)
             await session.start("x", request_id="a")
 
 
+async def test_an_id_that_no_server_would_take_is_refused_before_it_is_sent(client: AsyncClient) -> None:
+    async with client.session() as session:
+        with pytest.raises(ValueError, match="at most 256 characters"):
+            await session.start("x", request_id="a" * 257)
+
+
 # --- the blocking client ----------------------------------------------------------------------------------
 
 

@@ -223,6 +223,27 @@ async def test_a_second_start_of_a_running_id_is_rejected_and_the_first_goes_on(
     assert session.text("r") == front.engine.expected("the tide", 20)
 
 
+async def test_an_id_that_is_too_long_is_told_in_short_and_not_kept(front: Front) -> None:
+    session = await open_session(front)
+    await session.send(start=start("x" * 10_000))
+    await session.send(append_turn={"request_id": "y" * 257, "parent_request_id": "none"})
+    await session.send(fork={"parent_request_id": "none", "branches": [{"request_id": "z" * 257}]})
+    await session.send(update={"request_id": "u" * 257})
+    for command, letter in {"start": "x", "append_turn": "y", "fork": "z", "update": "u"}.items():
+        rejected = (await session.next("command_rejected", "request_error")).command_rejected
+        assert (rejected.command, rejected.request_id) == (command, letter * 256)
+        refusal = read_status(rejected.status)
+        if command == "update":
+            assert refusal.reason == "REQUEST_GONE"
+        else:
+            assert set(refusal.violations) == {"request_id"}
+    listed = await front.control.ListSessions(control_pb2.ListSessionsRequest())
+    assert [one.unacked_requests for one in listed.sessions] == [0]
+    await session.send(start=start("x" * 256))
+    await session.next("finished")
+    session.call.cancel()
+
+
 async def test_the_first_message_must_be_open(front: Front) -> None:
     session = SessionClient(front.inference.Session())
     await session.send(start=start("r"))
