@@ -18,7 +18,7 @@ from machine import device_name
 
 HERE = Path(__file__).parent
 PARTS = {
-    "check": (["kernels.py", "--part", "check"], 100),
+    "check": (["kernels.py", "--part", "check"], 140),
     "models": (["models.py"], 150),
     "swap": (["swap.py"], 120),
     "engine": (["engine.py"], 100),
