@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 
 import pytest
 from block_manager_model import BlockManagerModel, Violation, chooser, run_episode, run_random
+from planted import (
+    with_blocks_let_go_within_the_window,
+    with_hits_that_lack_the_window,
+    with_one_start_for_all_groups,
+)
 
 from tidegate.engine.memory import tails
 from tidegate.engine.memory.block import TRANSITIONS, Block, BlockTable, GroupTable
-from tidegate.engine.memory.groups import KVGroup
 from tidegate.engine.memory.pool import BlockPool
-from tidegate.engine.memory.prefix import Prefix, PrefixIndex
 from tidegate.engine.memory.store import BlockStore
 from tidegate.engine.memory.tiers import BlockManager
 
@@ -208,28 +211,6 @@ def without_cutting(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockStore, "cut", lambda self, block, valid_len: None)
 
 
-def with_blocks_let_go_within_the_window(patch: pytest.MonkeyPatch) -> None:
-    """A block goes as soon as the window has passed its first position."""
-    needed_from = KVGroup.needed_from
-    patch.setattr(KVGroup, "kept_from", lambda self, tokens, size: needed_from(self, tokens + size - 1, size))
-
-
-def with_blocks_of_all_groups_let_go(patch: pytest.MonkeyPatch) -> None:
-    """What a window has passed is taken from the full attention's table as well."""
-    leave = BlockManager._leave_behind
-
-    def take_along(self: BlockManager, table: BlockTable, group: GroupTable) -> None:
-        leave(self, table, group)
-        for other in table.groups:
-            keep = group.start - other.start
-            for block in other.blocks[:keep] if keep > 0 else ():
-                self._store.let_go(block, table)
-                other.blocks.remove(block)
-                other.start += 1
-
-    patch.setattr(BlockManager, "_leave_behind", take_along)
-
-
 def with_blocks_kept_behind_the_window(patch: pytest.MonkeyPatch) -> None:
     """One block table for all groups in effect: a window keeps what full attention keeps."""
     patch.setattr(BlockManager, "_leave_behind", lambda self, table, group: None)
@@ -245,20 +226,6 @@ def without_the_fence_of_a_window(patch: pytest.MonkeyPatch) -> None:
         table.fence = fence
 
     patch.setattr(BlockManager, "_leave_behind", hurry)
-
-
-def with_hits_that_lack_the_window(patch: pytest.MonkeyPatch) -> None:
-    """What full attention knows is a hit, whatever is known of what the windows see."""
-
-    def hasty(self: PrefixIndex[Block], keys: Sequence[bytes]) -> Prefix[Block]:
-        length = next((i for i, key in enumerate(keys) if key not in self._groups[0]), len(keys))
-        groups: list[list[Block]] = []
-        for known in self._groups:
-            gap = next((i for i in reversed(range(length)) if keys[i] not in known), -1)
-            groups.append([known[key] for key in keys[gap + 1 : length]])
-        return Prefix(length, tuple(groups))
-
-    patch.setattr(PrefixIndex, "longest", hasty)
 
 
 def with_branches_before_the_window(patch: pytest.MonkeyPatch) -> None:
@@ -283,7 +250,7 @@ FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     with_a_failed_copy_kept,
     without_cutting,
     with_blocks_let_go_within_the_window,
-    with_blocks_of_all_groups_let_go,
+    with_one_start_for_all_groups,
     with_blocks_kept_behind_the_window,
     without_the_fence_of_a_window,
     with_hits_that_lack_the_window,
