@@ -75,6 +75,8 @@ async def running(
         await sessions[index % NUM_SESSIONS].start(request, credit=credit)
     await all_have_more(requests, 1)
     yield sessions
+    # Behind its Close a session of these acknowledges nothing more, and long streams would stall.
+    await unless_it_hangs((request.has_ended() for request in requests), requests)
     for session in sessions:
         await session.send(close={})
     await unless_it_hangs(readings, requests)
