@@ -14,8 +14,18 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((got.double() - expected).norm() / expected.norm()).item()
+def relative_error(got: torch.Tensor, expected: torch.Tensor, size: torch.Tensor | None = None) -> float:
+    """``size``: what the result would be if no terms of its sums cancelled; their rounding stays."""
+    return ((got.double() - expected).norm() / (expected if size is None else size).norm()).item()
+
+
+def product(
+    x_1I: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In fp64, and its size as ``relative_error`` asks for it."""
+    weight_OI, bias_O = weight_OI.double(), None if bias_O is None else bias_O.double()
+    size_O = None if bias_O is None else bias_O.abs()
+    return F.linear(x_1I, weight_OI, bias_O), F.linear(x_1I.abs(), weight_OI.abs(), size_O)
 
 
 @DTYPES
@@ -84,18 +94,18 @@ def test_the_product_of_one_token_and_what_surrounds_it(num_inputs, num_outputs,
     norm_I = torch.randn(num_inputs).to(dtype)
     normed_1I = F.rms_norm(x_1I.double(), (num_inputs,), norm_I.double(), 1e-5)
     for bias_O in (torch.randn(2 * num_outputs).to(dtype), None):
-        wide_O = None if bias_O is None else bias_O.double()
-        expected_1O = F.linear(normed_1I, weight_OI.double(), wide_O)
-        assert relative_error(gemv(x_1I, weight_OI, bias_O, (norm_I, 1e-5)), expected_1O) < limit
+        expected_1O, size_1O = product(normed_1I, weight_OI, bias_O)
+        assert relative_error(gemv(x_1I, weight_OI, bias_O, (norm_I, 1e-5)), expected_1O, size_1O) < limit
         gate_1F, up_1F = expected_1O.chunk(2, 1)
+        gate_size_1F, up_size_1F = size_1O.chunk(2, 1)
         got_1F = gemv_gated(x_1I, weight_OI, bias_O, (norm_I, 1e-5))
-        assert relative_error(got_1F, F.silu(gate_1F) * up_1F) < limit
-        plain_1O = F.linear(x_1I.double(), weight_OI.double(), wide_O)
-        assert relative_error(gemv(x_1I, weight_OI, bias_O, None), plain_1O) < limit
+        assert relative_error(got_1F, F.silu(gate_1F) * up_1F, gate_size_1F * up_size_1F) < limit
+        plain_1O, size_1O = product(x_1I.double(), weight_OI, bias_O)
+        assert relative_error(gemv(x_1I, weight_OI, bias_O, None), plain_1O, size_1O) < limit
         residual_1O = torch.randn(plain_1O.shape).to(dtype)
-        plain_1O += residual_1O.double()
+        plain_1O, size_1O = plain_1O + residual_1O.double(), size_1O + residual_1O.double().abs()
         gemv_add(x_1I, weight_OI, bias_O, residual_1O)
-        assert relative_error(residual_1O, plain_1O) < limit
+        assert relative_error(residual_1O, plain_1O, size_1O) < limit
 
 
 @pytest.mark.parametrize(
