@@ -1,14 +1,13 @@
-"""One request from its arrival to its terminal event: the state that the front keeps of it.
+"""One request from its arrival to its terminal event: what becomes of it, and who decides.
 
 The first transition wins: whatever ends a choice first (the engine, a stop string, a cancel, the time
 limit) decides its reason, and tokens that come later are dropped and not counted.
 
-What it has to say is taken by the stream that listens, if there is one. Behind its end it can still be
-asked for, until its client has acknowledged it.
+What it has to say is taken from its ``Output`` by the stream that listens, if there is one. Behind its end
+it can still be asked for, until its client has acknowledged it.
 """
 
 import asyncio
-import math
 import time
 from array import array
 from collections.abc import Callable, Mapping
@@ -17,14 +16,16 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from tidegate.engine import messages
-from tidegate.engine.messages import Command, Finish, Limit, ProgressKind, Update
+from tidegate.engine.messages import Command, Finish, Update
 from tidegate.engine.request import FinishReason, Request, SamplingParams
 from tidegate.engine.text import Text, TextStream
+from tidegate.service.allowance import Allowance
 from tidegate.service.choice import Choice
-from tidegate.service.credit import TOKEN_BYTES, Pool, Share
-from tidegate.service.delivery import BATCH_TOKENS, WAITING_CHARS, Delivery, Flush
+from tidegate.service.credit import TOKEN_BYTES, Pool
+from tidegate.service.delivery import Delivery
 from tidegate.service.errors import Failure
-from tidegate.service.events import Admitted, ChoiceEnd, Delta, Failed, Finished, Progress, Timings, Usage
+from tidegate.service.events import Admitted, ChoiceEnd, Failed, Finished, Timings, Usage
+from tidegate.service.output import Output
 
 
 class Keeper(Protocol):
@@ -41,26 +42,18 @@ class Generation:
     """
 
     __slots__ = (
-        "_admitted",
         "_admitted_at",
-        "_admitted_is_sent",
+        "_allowance",
         "_arrived_at",
-        "_choices",
         "_content_is_known",
-        "_credit",
-        "_end_is_sent",
         "_first_token_at",
-        "_limit",
         "_num_choices",
         "_on_end",
+        "_output",
         "_queue_position",
-        "_raise_at",
         "_request",
         "_send",
-        "_share",
         "_timer",
-        "_token_bytes",
-        "_unread",
         "_usage",
         "_with_prompt",
         "conversation",
@@ -70,10 +63,8 @@ class Generation:
         "engine_id",
         "is_admitted",
         "is_ended",
-        "is_marked",
         "keeper",
         "lease_seconds",
-        "listener",
         "request_id",
         "tenant",
     )
@@ -95,12 +86,10 @@ class Generation:
         with_prompt: bool = False,
         lease_seconds: float | None = None,
     ) -> None:
-        """``credit``: the client's, absolute. ``unread``: tokens of a choice that may wait for the writer.
-
-        None is without limit, for both. ``time_limit`` in seconds from now. ``digest`` stands for the
-        content, where another request with this id may ask for the same. ``token_bytes``: of one output
-        token in the log. ``with_prompt``: the client wants to be told its prompt's tokens.
-        ``lease_seconds``: how long it can be continued behind its end.
+        """``credit``, ``unread``, ``token_bytes``: see ``Allowance``. ``time_limit`` in seconds from now.
+        ``digest`` stands for the content, where another request with this id may ask for the same.
+        ``with_prompt``: the client wants to be told its prompt's tokens. ``lease_seconds``: how long it can
+        be continued behind its end.
         """
         self.request_id = request_id
         self.tenant = tenant
@@ -115,29 +104,16 @@ class Generation:
         self.end: Finished | Failed | None = None
         """The terminal event. None behind the end, where nobody is to be told."""
         self.deadline = None if time_limit is None else time.monotonic() + time_limit
-        self.listener: Delivery | None = None
         self.keeper: Keeper | None = None
-        self.is_marked = False
         self._num_choices = num_choices
-        self._choices: list[Choice] = []
-        """Empty until the content is known."""
-        self._credit = credit
-        self._unread = unread
-        self._share: Share | None = None
-        self._limit: int | None = None
-        """What the engine was last told: each choice may have generated up to here."""
-        self._raise_at = math.inf
-        """The output offset that is a reason to raise it."""
-        self._token_bytes = token_bytes
+        self._output = Output(request_id)
+        self._allowance = Allowance(credit=credit, unread=unread, token_bytes=token_bytes, send=send)
         self._with_prompt = with_prompt
         self._send = send
         self._on_end = on_end
         self._request: Request | None = None
         self._queue_position = 0
         self._usage = Usage()
-        self._admitted: Admitted | None = None
-        self._admitted_is_sent = False
-        self._end_is_sent = False
         self._arrived_at = time.monotonic()
         self._admitted_at: float | None = None
         self._first_token_at: float | None = None
@@ -159,17 +135,21 @@ class Generation:
         self._queue_position = queue_position
         self._usage.prompt_tokens = len(request.prompt_token_ids)
         given = request.output_token_ids
-        self._choices = [
+        choices = self._output.choices = [
             Choice(self.request_id, index, text, request.params, given) for index in range(self._num_choices)
         ]
         if self._content_is_known is not None:
             self._content_is_known.set()
-        self._limit = len(given)
-        self._limit = request.emit_upto = self._next_limit()
+        request.emit_upto = self._allowance.begin(choices, len(given), request.params.max_tokens)
         if given:
-            reason = _end_of_given(request, self._choices[0].stream, eos_token_ids)
+            reason = _end_of_given(request, choices[0].stream, eos_token_ids)
             if reason is not None:
                 self._stop(reason)
+
+    def submitted(self, engine_id: str) -> None:
+        """The engine is told of it, under this name."""
+        self.engine_id = engine_id
+        self._allowance.submitted(engine_id)
 
     async def has_content(self) -> None:
         """Wait until its prompt has been read, or it has ended before."""
@@ -180,28 +160,19 @@ class Generation:
 
     def grant(self, upto: int) -> None:
         """Credit from the client: absolute, the larger wins."""
-        if self._credit is not None and upto > self._credit:
-            self._credit = upto
-            self._raise_limit(by_at_least=1)
+        self._allowance.grant(upto)
 
     def delivered(self, choice_index: int, upto: int) -> None:
         """Output tokens of a choice before this offset were written to the client's stream."""
-        choice = self._choices[choice_index]
+        choice = self._output.choices[choice_index]
         choice.delivered = max(choice.delivered, upto)
-        if self._unread is None or self._limit is None:
-            return
-        # Not at every write: half of what may be unread is a good time to say so. A choice that has
-        # ended may have been the one that held the others back.
-        step = self._unread // 2
-        if choice.end is not None or upto + self._unread >= self._limit + step:
-            self._raise_limit(by_at_least=step)
+        self._allowance.delivered(choice)
 
     def ack(self, choice_index: int, upto: int) -> None:
         """The client holds the output tokens of a choice before this offset."""
-        if choice_index < len(self._choices):
-            newly = self._choices[choice_index].ack(upto)
-            if newly and self._share is not None:
-                self._share.give_back(newly)
+        choices = self._output.choices
+        if choice_index < len(choices):
+            self._allowance.acknowledged(choices[choice_index].ack(upto))
 
     @property
     def params(self) -> SamplingParams | None:
@@ -220,12 +191,13 @@ class Generation:
             changes["stop"], changes["stop_token_ids"] = stops
         self._request.params = replace(self._request.params, **changes)
         self._send(Update(self.engine_id, max_tokens, None if stops is None else stops[1]))
-        self._raise_limit(by_at_least=1)
+        self._allowance.max_tokens = self._request.params.max_tokens
+        self._allowance.ask()
         if stops is not None:
-            for choice in self._choices:
+            for choice in self._output.choices:
                 if choice.end is None:
                     choice.change_stops(stops[0])
-            self._mark()
+            self._output.mark()
 
     def cancel(self) -> None:
         self._stop(FinishReason.CANCELLED)
@@ -250,31 +222,32 @@ class Generation:
 
     def on_engine_death(self) -> None:
         """Nobody will confirm any more what was decided."""
-        for choice in self._choices:
+        choices = self._output.choices
+        for choice in choices:
             choice.is_confirmed = choice.end is not None
-        if self._choices:
+        if choices:
             self.finish_if_confirmed()
 
     @property
     def has_credit(self) -> bool:
         """Whether every choice that runs may generate."""
-        limit = self._limit
-        return limit is None or all(len(c.token_ids) < limit for c in self._choices if c.end is None)
+        return self._allowance.has_credit
 
     def continuation(self) -> Request:
         """What another engine is told of a request that was submitted, to go on behind what there is."""
         if self._request is None:
             raise RuntimeError("the content of the request is not known yet")
-        self._limit = self._next_limit()
-        running = {choice.index: list(choice.token_ids) for choice in self._choices if choice.end is None}
-        return replace(self._request, emit_upto=self._limit, choices=running)
+        running = {
+            choice.index: list(choice.token_ids) for choice in self._output.choices if choice.end is None
+        }
+        return replace(self._request, emit_upto=self._allowance.renew(), choices=running)
 
     def on_recovered(self) -> None:
         """Another engine goes on with it."""
         if self.is_admitted:
-            for choice in self._choices:
+            for choice in self._output.choices:
                 if choice.end is None:
-                    self._note(choice, ProgressKind.RECOVERED)
+                    self._output.note(choice, messages.ProgressKind.RECOVERED)
 
     # Who continues it.
 
@@ -285,17 +258,17 @@ class Generation:
     @property
     def outputs(self) -> list["array[int]"]:
         """The output tokens so far, of each choice."""
-        return [choice.token_ids for choice in self._choices]
+        return [choice.token_ids for choice in self._output.choices]
 
     @property
     def log_bytes(self) -> int:
         """What the logs of all choices take."""
-        return sum(choice.log_bytes for choice in self._choices)
+        return sum(choice.log_bytes for choice in self._output.choices)
 
     @property
     def is_being_told(self) -> bool:
         """Whether a stream still waits for its end."""
-        return self.listener is not None and not self._end_is_sent
+        return self._output.is_being_told
 
     def shed(self) -> None:
         """It has ended: let go of what only an engine, or those that continue it, would want to know."""
@@ -310,63 +283,29 @@ class Generation:
         before, self.keeper = self.keeper, keeper
         if before is not None and before is not keeper:
             before.lost(self)
-        self._leave_share()
-        if pool is not None:
-            held = sum(self._held(choice) for choice in self._choices)
-            self._share = Share(pool, self._token_bytes, held, self._ask_for_room)
-        self._set_listener(delivery)
+        self._allowance.join(pool)
+        self._output.set_listener(delivery)
 
     def listen(self, delivery: Delivery | None, next_offsets: Mapping[int, int] | None = None) -> None:
         """Tell this stream everything from these output offsets on, by choice; of others, from the last
         ``Ack`` on. None: nobody listens, and what comes is kept.
         """
-        self._set_listener(delivery)
-        self._admitted_is_sent = self._end_is_sent = False
-        for choice in self._choices:
-            choice.rewind((next_offsets or {}).get(choice.index))
-        self._mark()
+        self._output.listen(delivery, next_offsets or {})
 
     def forget(self) -> None:
         """The client holds all of it, or will not ask any more."""
-        self._leave_share()
-        self._set_listener(None)
+        self._allowance.join(None)
+        self._output.set_listener(None)
         keeper, self.keeper = self.keeper, None
         if keeper is not None:
             keeper.lost(self)
-
-    def collect(self, flush: Flush) -> None:
-        """What is new goes into the flush, as far as there is room."""
-        listener = self.listener
-        if self._admitted is not None and not self._admitted_is_sent:
-            self._admitted_is_sent = True
-            flush.before.append(self._admitted)
-        has_more = False
-        for choice in self._choices:
-            behind: list[Progress] = []
-            if choice.has_progress:
-                passed_on = flush.passed_on(self.request_id, choice.index)
-                before, behind = choice.take_progress(choice.sent if passed_on is None else passed_on.offset)
-                flush.before += before
-            if flush.room > 0:
-                waiting = len(choice.waiting_text)
-                delta = choice.take(flush.room)
-                if delta is not None:
-                    if listener is not None:
-                        listener.waiting_chars -= waiting - len(choice.waiting_text)
-                    flush.add(delta)
-            flush.after += behind
-            has_more = has_more or choice.has_news
-        if has_more:
-            self._mark()
-        elif self.end is not None and not self._end_is_sent:
-            self._end_is_sent = True
-            flush.after.append(self.end)
 
     # From the engine.
 
     def on_gone(self, failure: Failure) -> None:
         """The engine is gone. What was decided stands; what still ran fails."""
-        if self._choices and all(choice.end is not None for choice in self._choices):
+        choices = self._output.choices
+        if choices and all(choice.end is not None for choice in choices):
             self._finish()
         else:
             self._end(Failed(self.request_id, failure))
@@ -380,76 +319,46 @@ class Generation:
         self.is_admitted = True
         self._admitted_at = time.monotonic()
         self._usage.cached_tokens = admitted.cached_device_tokens + admitted.cached_host_tokens
-        self._admitted = Admitted(
-            request_id=self.request_id,
-            queue_position=self._queue_position,
-            cached_device_tokens=admitted.cached_device_tokens,
-            cached_host_tokens=admitted.cached_host_tokens,
-            seed=self._request.seed,
-            prompt_tokens=len(self._request.prompt_token_ids),
-            prompt_token_ids=self._request.prompt_token_ids if self._with_prompt else (),
+        self._output.admitted(
+            Admitted(
+                request_id=self.request_id,
+                queue_position=self._queue_position,
+                cached_device_tokens=admitted.cached_device_tokens,
+                cached_host_tokens=admitted.cached_host_tokens,
+                seed=self._request.seed,
+                prompt_tokens=len(self._request.prompt_token_ids),
+                prompt_token_ids=self._request.prompt_token_ids if self._with_prompt else (),
+            )
         )
-        self._mark()
 
     def on_delta(self, delta: messages.Delta, reason: FinishReason | None, now: float) -> None:
         """``reason``: why the engine ended the choice behind these tokens, where it did so in this step.
         ``now``: when the step arrived.
         """
-        choice, listener = self._choices[delta.choice], self.listener
-        offset, token_ids = delta.offset, delta.token_ids
+        choice = self._output.choices[delta.choice]
         if choice.end is not None:
             return
-        if offset != len(choice.token_ids):
+        if delta.offset != len(choice.token_ids):
             self.fail(Failure("TOKENS_OUT_OF_ORDER", "the engine skipped or repeated a token"))
             return
         if self._first_token_at is None:
             self._first_token_at = now
-        # As a rule: nothing waits, and the writer does. Without this, a token costs twice as much.
-        if (
-            reason is None
-            and not self.is_marked
-            and listener is not None
-            and (writer := listener.passing_on) is not None
-            and len(writer) < BATCH_TOKENS
-            and len(token_ids) == 1
-            and delta.logprobs is None
-            and (text := choice.pass_on(token_ids[0])) is not None
-        ):
-            if not writer:
-                listener.wake()
-            writer.append(Delta(self.request_id, choice.index, offset, token_ids, text))
-            if choice.stream.stop is not None:
-                self._finish_in_engine(FinishReason.STOP_STRING, choice)
-                self._decide(choice, FinishReason.STOP_STRING)
-                self._mark()
-            elif offset + 1 >= self._raise_at:
-                self._ask_for_room()
-            return
-        if listener is None:
-            added = choice.push(delta.token_ids, delta.logprobs, reason, keep_text=False)
-        else:
-            waiting = len(choice.waiting_text)
-            keep_text = listener.waiting_chars < WAITING_CHARS
-            added = choice.push(delta.token_ids, delta.logprobs, reason, keep_text)
-            listener.waiting_chars += len(choice.waiting_text) - waiting
-            if not self.is_marked:
-                listener.mark(self)
-        if added.stop is not None:
+        if self._output.push(choice, delta, reason) is not None:
             reason = FinishReason.STOP_STRING
             self._finish_in_engine(reason, choice)
         if reason is not None:
             self._decide(choice, reason)
-        elif len(choice.token_ids) >= self._raise_at:
-            self._ask_for_room()
+        elif len(choice.token_ids) >= self._allowance.raise_at:
+            self._allowance.ask()
 
     def on_progress(self, progress: messages.Progress) -> None:
-        choice = self._choices[progress.choice]
+        choice = self._output.choices[progress.choice]
         if choice.end is None:
-            self._note(choice, progress.kind)
+            self._output.note(choice, progress.kind)
 
     def on_choice_end(self, finished: messages.Finished) -> None:
         """The engine ended a choice. The tokens of its last step have been seen."""
-        choice = self._choices[finished.choice]
+        choice = self._output.choices[finished.choice]
         choice.is_confirmed = True
         self._usage.recomputed_tokens += finished.usage.recomputed_tokens
         self._usage.preemptions += finished.usage.preemptions
@@ -463,28 +372,10 @@ class Generation:
             self._end_choice(choice, finished.reason)
 
     def finish_if_confirmed(self) -> None:
-        if all(choice.is_confirmed for choice in self._choices):
+        if all(choice.is_confirmed for choice in self._output.choices):
             self._finish()
 
     # Inside.
-
-    def _set_listener(self, delivery: Delivery | None) -> None:
-        if self.listener is not None:
-            self.listener.waiting_chars -= sum(len(choice.waiting_text) for choice in self._choices)
-        for choice in self._choices:
-            choice.forget_text()
-        self.listener = delivery
-        self.is_marked = False
-
-    def _note(self, choice: Choice, kind: ProgressKind) -> None:
-        """Something happened to a choice, which is news for those alone who listen."""
-        if self.listener is not None:
-            choice.note(Progress(self.request_id, choice.index, kind))
-            self._mark()
-
-    def _mark(self) -> None:
-        if self.listener is not None:
-            self.listener.mark(self)
 
     def _stop(self, reason: FinishReason) -> None:
         """End all choices that still run, and the request with them, without waiting for the engine.
@@ -493,7 +384,7 @@ class Generation:
         """
         if self.is_ended:
             return
-        for choice in self._choices:
+        for choice in self._output.choices:
             if choice.end is None:
                 self._finish_in_engine(reason, choice if self.is_admitted else None)
                 self._end_choice(choice, reason)
@@ -501,30 +392,24 @@ class Generation:
 
     def _end_choice(self, choice: Choice, reason: FinishReason) -> None:
         """End a choice behind its last token, with the text that was held back."""
-        waiting = len(choice.waiting_text)
-        choice.flush(keep_text=self.listener is not None)
-        if self.listener is not None:
-            self.listener.waiting_chars += len(choice.waiting_text) - waiting
-        if choice.stream.stop is not None:
+        if self._output.flush(choice) is not None:
             reason = FinishReason.STOP_STRING
         self._decide(choice, reason)
-        self._mark()
 
     def _decide(self, choice: Choice, reason: FinishReason) -> None:
-        offset = len(choice.token_ids)
-        choice.end = ChoiceEnd(choice.index, reason, offset)
+        choice.end = ChoiceEnd(choice.index, reason, len(choice.token_ids))
         if reason is FinishReason.STOP_TOKEN:
             choice.end.stop_token_id = choice.token_ids[-1]
         elif reason is FinishReason.STOP_STRING and choice.stream.stop is not None:
             choice.end.stop_string = choice.stream.stop.stop
-        if self._share is not None and self._limit is not None:
-            self._share.give_back(self._limit - offset, unused=True)
+        self._allowance.give_back_unused(choice)
+        self._output.mark()
 
     def _finish(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """``reason``: for choices of which nothing is known yet."""
         if self.is_ended:
             return
-        ends = [choice.end for choice in self._choices if choice.end is not None]
+        ends = [choice.end for choice in self._output.choices if choice.end is not None]
         if self._request is None:
             ends = [ChoiceEnd(index, reason, 0) for index in range(self._num_choices)]
         else:
@@ -546,13 +431,10 @@ class Generation:
         self.end = end
         if self._timer is not None:
             self._timer.cancel()
-        self._raise_at = math.inf
-        if self._share is not None and self._limit is not None:
-            running = [choice for choice in self._choices if choice.end is None]
-            self._share.give_back(sum(self._limit - len(choice.token_ids) for choice in running), unused=True)
+        self._allowance.close()
         if self._content_is_known is not None:
             self._content_is_known.set()
-        self._mark()
+        self._output.close(end)
         self._on_end(self)
         return True
 
@@ -564,57 +446,6 @@ class Generation:
             self._send(Finish(self.engine_id, reason))
         elif not choice.is_confirmed:
             self._send(Finish(self.engine_id, reason, choice.index, len(choice.token_ids)))
-
-    # How far the engine may generate.
-
-    def _next_limit(self) -> int | None:
-        """How far each choice may have generated: by the client's credit, by what is unread, and by the
-        room in its session.
-        """
-        bounds = [] if self._credit is None else [self._credit]
-        if self._unread is not None:
-            running = [choice.delivered for choice in self._choices if choice.end is None]
-            bounds.append(min(running, default=0) + self._unread)
-        limit = min(bounds, default=None)
-        if limit is None or self._share is None or self._limit is None:
-            return limit
-        if self._request is not None and self._request.params.max_tokens is not None:
-            limit = min(limit, self._request.params.max_tokens)  # no room for what cannot come
-        num_running = sum(choice.end is None for choice in self._choices)
-        if limit > self._limit and num_running:
-            wanted = min(limit - self._limit, self._share.chunk)
-            reached = self._limit + self._share.take(wanted, num_running)
-        else:
-            reached = self._limit
-        # More is asked for in good time, unless it waits for room or for credit already.
-        waits = reached >= limit or self._share.is_waiting
-        self._raise_at = math.inf if waits else reached - self._share.chunk // 2
-        return reached
-
-    def _raise_limit(self, by_at_least: int) -> None:
-        if self.engine_id is None or self.is_ended or self._limit is None:
-            return
-        limit = self._next_limit()
-        if limit is None or limit <= self._limit:
-            return
-        if limit >= self._limit + by_at_least or limit == self._credit:
-            self._limit = limit
-            self._send(Limit(self.engine_id, limit))
-
-    def _ask_for_room(self) -> None:
-        self._raise_limit(by_at_least=1)
-
-    def _held(self, choice: Choice) -> int:
-        """Tokens of a choice that are not acknowledged, or may come without asking again."""
-        reached = len(choice.token_ids)
-        if choice.end is None and not self.is_ended:
-            reached = max(reached, self._limit or 0)
-        return reached - choice.acked
-
-    def _leave_share(self) -> None:
-        if self._share is not None:
-            self._share.leave()
-            self._share = None
 
 
 def _end_of_given(request: Request, stream: TextStream, eos_token_ids: list[int]) -> FinishReason | None:

@@ -185,7 +185,7 @@ class Hub:
         generation.prepare(request, self._text, self.admission.waiting - 1, self.info.eos_token_ids)
         if generation.is_ended:
             return
-        generation.engine_id = engine_id
+        generation.submitted(engine_id)
         self._submitted[engine_id] = generation
         if self._is_told:
             self._send(Submit(request))

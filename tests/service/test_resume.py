@@ -414,7 +414,7 @@ async def test_a_slow_readers_logs_and_texts_stay_below_64_kb(front: Front) -> N
     logs = sum(
         choice.token_ids.itemsize * (len(choice.token_ids) - choice.acked) + len(choice.waiting_text)
         for generation in held._requests.values()
-        for choice in generation._choices
+        for choice in generation._output.choices
     )
     assert 20_000 < logs < 64 * 1024
     num_ended = 0
