@@ -28,7 +28,8 @@ from tidegate.engine.messages import (
     Usage,
 )
 from tidegate.engine.request import FinishReason, InvalidRequest, Request, SamplingParams, Violation
-from tidegate.engine.text import StopMatch, Text, TextStream
+from tidegate.engine.text import Text
+from tidegate.engine.text_stream import StopMatch, TextStream
 
 
 class TokensPrompt(TypedDict):

@@ -20,7 +20,8 @@ import msgspec
 
 from tidegate.engine.messages import PositionLogprobs
 from tidegate.engine.request import FinishReason, SamplingParams
-from tidegate.engine.text import Text, TextDelta, TextStream
+from tidegate.engine.text import Text
+from tidegate.engine.text_stream import TextDelta, TextStream
 from tidegate.service.credit import POSITION_BYTES, TOKEN_BYTES
 from tidegate.service.events import ChoiceEnd, Delta, Progress
 

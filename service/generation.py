@@ -18,7 +18,8 @@ from msgspec.structs import replace
 from tidegate.engine import messages
 from tidegate.engine.messages import Command, Finish, Update
 from tidegate.engine.request import FinishReason, Request, SamplingParams
-from tidegate.engine.text import Text, TextStream
+from tidegate.engine.text import Text
+from tidegate.engine.text_stream import TextStream
 from tidegate.service.allowance import Allowance
 from tidegate.service.choice import Choice
 from tidegate.service.credit import TOKEN_BYTES, Pool

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from tidegate.engine import messages
 from tidegate.engine.messages import ProgressKind
 from tidegate.engine.request import FinishReason
-from tidegate.engine.text import StopMatch
+from tidegate.engine.text_stream import StopMatch
 from tidegate.service.choice import Choice
 from tidegate.service.delivery import BATCH_TOKENS, WAITING_CHARS, Delivery, Flush
 from tidegate.service.events import Admitted, Delta, Failed, Finished, Progress

@@ -15,7 +15,7 @@ from tidegate.engine.messages import Finish, Limit, ProgressKind
 from tidegate.engine.request import FinishReason, InvalidRequest, Parent, SamplingParams
 from tidegate.engine.scheduler import Scheduler
 from tidegate.engine.step import StepPlan, StepResult
-from tidegate.engine.text import TextStream
+from tidegate.engine.text_stream import TextStream
 
 
 class BreakingRunner(worlds.FakeRunner):

@@ -482,5 +482,7 @@ def test_an_engine_whose_front_died_before_it_ran_ends_at_once() -> None:
 
 def test_the_front_needs_no_torch() -> None:
     """Starting and holding an engine process must not load what the engine itself loads."""
-    code = "import sys, tidegate.engine.process, tidegate.engine.text; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, tidegate.engine.process, tidegate.engine.text_stream; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

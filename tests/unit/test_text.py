@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tidegate.engine.config import ConfigError
 from tidegate.engine.request import FinishReason, InvalidRequest, SamplingParams
-from tidegate.engine.text import StopMatch, Text, TextStream
+from tidegate.engine.text import Text
+from tidegate.engine.text_stream import StopMatch, TextStream
 
 BYTE_LEVEL = Text(byte_level_tokenizer())
 BYTE_FALLBACK = Text(byte_fallback_tokenizer())
