@@ -27,7 +27,14 @@ from tidegate.engine.messages import (
     Submit,
     Usage,
 )
-from tidegate.engine.request import FinishReason, InvalidRequest, Request, SamplingParams, Violation
+from tidegate.engine.request import (
+    FinishReason,
+    InvalidRequest,
+    Request,
+    SamplingParams,
+    Violation,
+    unknown_biases,
+)
 from tidegate.engine.text import Text
 from tidegate.engine.text_stream import StopMatch, TextStream
 
@@ -204,6 +211,10 @@ class LLM:
             raise ValueError(
                 f"params: {len(params)} of them for {len(prompts)} prompts; give one or one each"
             )
+        for i, own in enumerate(params):
+            if unknown := unknown_biases(own.logit_bias, self._core.info.vocab_size):
+                with _naming(f"params[{i}]"):
+                    raise InvalidRequest(unknown)
         jobs = [
             _Job(str(next(self._ids)), prompt, own, self._text)
             for prompt, own in zip(prompts, params, strict=True)

@@ -1,6 +1,8 @@
 """What a request is: its sampling parameters, its content and the reasons for which it ends."""
 
+from collections.abc import Mapping
 from enum import StrEnum
+from itertools import islice
 from typing import NamedTuple
 
 import msgspec
@@ -10,6 +12,8 @@ MAX_STOP_STRING_CHARS = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 300
+MOST_LOGIT_BIAS = 100
 SEED_RANGE = 2**64
 COUNT_RANGE = 2**63
 """What the sampler's arrays can hold."""
@@ -75,6 +79,8 @@ class SamplingParams(
     ignore_eos: bool = False
     logprobs: int | None = None
     """How many of the most likely tokens to report at each position, beside the chosen one."""
+    logit_bias: dict[int, float] = {}
+    """By token id, added to its logit before anything else. ``logprobs`` do not see it."""
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -115,6 +121,16 @@ class SamplingParams(
                 "logprobs",
                 self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
                 f"must be between 0 and {MAX_LOGPROBS}",
+            ),
+            (
+                "logit_bias",
+                len(self.logit_bias) <= MAX_LOGIT_BIASES and all(t >= 0 for t in self.logit_bias),
+                f"takes at most {MAX_LOGIT_BIASES} token ids, none negative",
+            ),
+            (
+                "logit_bias",
+                all(_within(b, -MOST_LOGIT_BIAS, MOST_LOGIT_BIAS) for b in self.logit_bias.values()),
+                f"each must be between -{MOST_LOGIT_BIAS} and {MOST_LOGIT_BIAS}",
             ),
         )
         return [Violation(field, text) for field, holds, text in checks if not holds]
@@ -167,6 +183,13 @@ class Request(msgspec.Struct, kw_only=True):
         if self.choices is not None:
             return self.choices
         return dict.fromkeys(range(self.params.n), self.output_token_ids)
+
+
+def unknown_biases(logit_bias: Mapping[int, float], vocab_size: int) -> list[Violation]:
+    """One violation, for the first token that the model does not have."""
+    text = f"must be below the vocabulary's size, {vocab_size}"
+    unknown = (token_id for token_id in logit_bias if token_id >= vocab_size)
+    return [Violation(f"logit_bias[{token_id}]", text) for token_id in islice(unknown, 1)]
 
 
 def _within(value: float, low: float, high: float) -> bool:

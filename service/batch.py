@@ -220,9 +220,19 @@ def _job(custom_id: str, request: Mapping[str, Any]) -> Job:
     options: Json = {name: rest.pop(name) for name in (*SAME, *OURS) if name in rest}
     if "max_completion_tokens" in rest:
         options["max_tokens"] = rest.pop("max_completion_tokens")
+    if "logit_bias" in rest:
+        options["logit_bias"] = _logit_bias(rest.pop("logit_bias"))
     if "stop" in rest:
         stop = rest.pop("stop")
         options["stop"] = [stop] if isinstance(stop, str) else stop
     if rest:
         raise BadLine(f"not supported: {', '.join(f'body.{name}' for name in sorted(rest))}")
     return Job(custom_id, str(url), prompt, cast("Options", options))
+
+
+def _logit_bias(given: Any) -> dict[int, float]:
+    """A JSON object's keys are texts. Raises ``BadLine``."""
+    try:
+        return {int(token_id): float(bias) for token_id, bias in given.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadLine("body.logit_bias must be an object of numbers by token id") from error

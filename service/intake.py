@@ -2,11 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from itertools import islice
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from tidegate.engine.request import MAX_CHOICES, InvalidRequest, SamplingParams, Violation
+from tidegate.engine.request import (
+    MAX_CHOICES,
+    MAX_LOGIT_BIASES,
+    InvalidRequest,
+    SamplingParams,
+    Violation,
+    unknown_biases,
+)
 from tidegate.engine.text import Text
 from tidegate.service.credit import token_bytes
 from tidegate.service.errors import Failure, log_unexpected
@@ -47,7 +55,6 @@ SCALARS = (
 
 NOT_YET_SUPPORTED = (
     "prompt_logprobs",
-    "logit_bias",
     "allowed_token_ids",
     "bad_words",
     "structured_output",
@@ -245,6 +252,8 @@ class Intake:
         sampling = message.sampling
         found = sampling_violations(sampling)
         found += self._unknown_ids("sampling.stop_token_ids", sampling.stop_token_ids)
+        unknown = unknown_biases(_logit_bias(sampling), self._hub.info.vocab_size)
+        found += [Violation(f"sampling.{field}", text) for field, text in unknown]
         given = message.generated_token_ids
         found += self._unknown_ids("generated_token_ids", given)
         if given and sampling.n > 1:
@@ -363,7 +372,17 @@ def sampling_params(sampling: sampling_pb2.SamplingParams) -> SamplingParams:
     """Raises ``InvalidRequest`` with the names of the fields alone."""
     present = {field.name for field, _ in sampling.ListFields()}
     given = {name: getattr(sampling, name) for name in SCALARS if name in present}
-    return SamplingParams(stop=tuple(sampling.stop), stop_token_ids=tuple(sampling.stop_token_ids), **given)
+    return SamplingParams(
+        stop=tuple(sampling.stop),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        logit_bias=_logit_bias(sampling),
+        **given,
+    )
+
+
+def _logit_bias(sampling: sampling_pb2.SamplingParams) -> dict[int, float]:
+    """As given; of more than there may be, enough to tell."""
+    return dict(islice(sampling.logit_bias.items(), MAX_LOGIT_BIASES + 1))
 
 
 def _at(path: str, field: str, invalid: InvalidRequest) -> InvalidRequest:

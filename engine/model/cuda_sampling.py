@@ -1,11 +1,11 @@
-"""What a few requests ask of the sampler beside temperature and filters, on the GPU: penalties,
-``min_tokens`` and logprobs. The CPU's ``engine.model.sampler`` says what each means.
+"""What a few requests ask of the sampler beside temperature and filters, on the GPU: ``logit_bias``,
+penalties, ``min_tokens`` and logprobs. The CPU's ``engine.model.sampler`` says what each means.
 
 A row pays only for what its request asks for: the rest of the batch goes through the same kernels as ever.
 
 Legend: R rows of the step, V vocabulary, W longest history. Other leading letters number a subset of the
-rows: A penalized, B with tokens that may not come yet (E of them in all), P reported with logprobs; K
-logprobs beside the chosen one.
+rows: A penalized, P reported with logprobs; or pairs of a row and a token: B with a bias, E that may not come
+yet.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,6 +57,10 @@ class _Row:
 class Extras:
     """What the rows of one step ask for, with its numbers on the device."""
 
+    biased_B2: torch.Tensor | None
+    """int32: index into R, token id; None where no row has a bias."""
+    biases_B: torch.Tensor | None
+    """fp32 as words."""
     penalized_A: torch.Tensor | None
     """int32 index into R; None where no row is."""
     table_rows_A: torch.Tensor | None
@@ -99,7 +103,12 @@ class ExtraSampling:
         stop_ids = params.stop_token_ids + (() if params.ignore_eos else self._eos_token_ids)
         stop_ids = tuple(token for token in stop_ids if token < self._vocab_size)
         self._rows[setup.row] = _Row(params, setup.num_prompt_tokens, stop_ids)
-        self._asks[setup.row] = params.has_penalties or params.min_tokens > 0 or params.logprobs is not None
+        self._asks[setup.row] = (
+            bool(params.logit_bias)
+            or params.has_penalties
+            or params.min_tokens > 0
+            or params.logprobs is not None
+        )
 
     def of(
         self, rows_R: npt.NDArray[np.int32], positions_R: npt.NDArray[np.int32], put: Put
@@ -107,12 +116,16 @@ class ExtraSampling:
         """What these rows ask for at these positions; None where they ask for nothing."""
         if not self._asks[rows_R].any():
             return None
+        biased: list[tuple[int, int]] = []
+        biases: list[float] = []
         penalized, table_rows, spans, penalties, banned, reported, counts = [], [], [], [], [], [], []
         for i, (row, position) in enumerate(zip(rows_R.tolist(), positions_R.tolist(), strict=True)):
             asked = self._rows[row]
             if asked is None or not self._asks[row]:
                 continue
             params = asked.params
+            biased += [(i, token) for token in params.logit_bias]
+            biases += params.logit_bias.values()
             if params.has_penalties:
                 penalized.append(i)
                 table_rows.append(row)
@@ -125,13 +138,15 @@ class ExtraSampling:
             if params.logprobs is not None:
                 reported.append(i)
                 counts.append(params.logprobs)
-        if not (penalized or banned or reported):
+        if not (biased or penalized or banned or reported):
             return None
 
         def send(values: Sequence[object], dtype: type = np.int32) -> torch.Tensor | None:
             return put(np.array(values, dtype).view(np.int32)) if values else None
 
         return Extras(
+            biased_B2=send(biased),
+            biases_B=send(biases, np.float32),
             penalized_A=send(penalized),
             table_rows_A=send(table_rows),
             history=max((known for _, known in spans), default=0),
@@ -158,6 +173,9 @@ def sample_with_extras(
     logits_RV = logits_RV.float()
     finite_R = logits_RV.isfinite().all(1).int()
     raw_PV = None if extras.reported_P is None else logits_RV.index_select(0, extras.reported_P)
+    if extras.biased_B2 is not None and extras.biases_B is not None:
+        places_B = extras.biased_B2.long().unbind(1)
+        logits_RV.index_put_(places_B, logits_RV[places_B] + extras.biases_B.view(torch.float32))
     if (
         extras.penalized_A is not None
         and extras.table_rows_A is not None

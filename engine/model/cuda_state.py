@@ -13,7 +13,7 @@ import torch
 
 from tidegate.engine.device.streams import Device, Stream
 from tidegate.engine.model.cuda_inbox import Inbox
-from tidegate.engine.request import MAX_STOP_TOKEN_IDS
+from tidegate.engine.request import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from tidegate.kernels.triton.sampling_rows import PARAMETER_WORDS
 
 PADDING_ROW = -1
@@ -34,8 +34,9 @@ class DeviceState:
         """Raises ``ValueError`` where it is more than an int32 counts."""
         width = -(-max_model_len // block_size)
         # Of a step: five numbers a token and row at most (prefill's tiles), each twice over; and the tokens
-        # that may not come yet.
-        inbox_words = 16 * (max_step_tokens + max_rows) + (32 + 2 * MAX_STOP_TOKEN_IDS) * max_rows
+        # that have a bias or may not come yet.
+        extra_words = 32 + 3 * MAX_LOGIT_BIASES + 2 * MAX_STOP_TOKEN_IDS
+        inbox_words = 16 * (max_step_tokens + max_rows) + extra_words * max_rows
         sizes = [
             max_rows * max_model_len,
             num_groups * max_rows * width,

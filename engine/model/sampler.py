@@ -1,10 +1,10 @@
 """From logits to tokens, for a whole batch at once; a row pays only for what its request asks for.
 
-The order of the operations is that of transformers: penalties, ``min_tokens``, temperature, ``top_k``,
-``top_p``, ``min_p``. Each filter comes down to a *cut*, and a row keeps every token whose score is at
-least its highest cut: tokens that tie at a cut stay together, so no sort order can matter. Of those kept
-the largest score plus Gumbel noise wins, which draws from their softmax (Gumbel-max). Noise is keyed by
-request and position (``kernels.noise``): the draw is the same in any batch. Wherever tokens tie, the
+The order of the operations is that of transformers: ``logit_bias``, penalties, ``min_tokens``, temperature,
+``top_k``, ``top_p``, ``min_p``. Each filter comes down to a *cut*, and a row keeps every token whose score
+is at least its highest cut: tokens that tie at a cut stay together, so no sort order can matter. Of those
+kept the largest score plus Gumbel noise wins, which draws from their softmax (Gumbel-max). Noise is keyed
+by request and position (``kernels.noise``): the draw is the same in any batch. Wherever tokens tie, the
 lowest id wins.
 
 Shapes: ``R`` rows of the batch, ``V`` vocabulary, ``W`` longest history, ``E`` survivors of the filters of
@@ -47,6 +47,7 @@ _PARAMETERS = np.dtype(
         ("min_tokens", np.int64),
         ("logprobs", np.int64),
         ("greedy", np.bool_),
+        ("biased", np.bool_),
         ("penalized", np.bool_),
         ("plain", np.bool_),
     ]
@@ -90,6 +91,7 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._parameters = np.zeros(max_rows, _PARAMETERS)
         self._stop_ids: list[tuple[int, ...]] = [()] * max_rows
+        self._logit_biases: list[dict[int, float]] = [{}] * max_rows
 
     def set_row(self, setup: RowSetup) -> None:
         """From the next ``sample`` on the row belongs to this sequence."""
@@ -110,9 +112,15 @@ class Sampler:
             params.min_tokens,
             logprobs,
             greedy,
+            bool(params.logit_bias),
             params.has_penalties,
-            greedy and not params.has_penalties and not params.min_tokens and logprobs == _NO_LOGPROBS,
+            greedy
+            and not params.logit_bias
+            and not params.has_penalties
+            and not params.min_tokens
+            and logprobs == _NO_LOGPROBS,
         )
+        self._logit_biases[setup.row] = params.logit_bias
         eos_token_ids = () if params.ignore_eos else self._eos_token_ids
         self._stop_ids[setup.row] = params.stop_token_ids + eos_token_ids
 
@@ -159,7 +167,10 @@ class Sampler:
         positions_R: npt.NDArray[np.int64],
         tokens: npt.NDArray[np.int32],
     ) -> None:
-        """Apply penalties and ``min_tokens`` in place."""
+        """Apply ``logit_bias``, penalties and ``min_tokens`` in place."""
+        for i in np.flatnonzero(parameters_R["biased"]).tolist():
+            logit_bias = self._logit_biases[rows_R[i]]
+            logits_RV[i, list(logit_bias)] += torch.tensor(list(logit_bias.values()))
         penalized = np.flatnonzero(parameters_R["penalized"])
         if len(penalized):
             logits_RV[penalized] = _penalize(

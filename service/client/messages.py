@@ -43,6 +43,8 @@ class Sampling(TypedDict, total=False):
     include_stop: bool
     ignore_eos: bool
     logprobs: int
+    logit_bias: Mapping[int, float]
+    """By token id."""
     skip_special_tokens: bool
 
 

@@ -44,7 +44,7 @@ FINISH_REASONS = {
     FinishReason.CANCELLED: "abort",
 }
 
-UNSUPPORTED = ("prompt_logprobs", "logit_bias", "truncate_prompt_tokens")
+UNSUPPORTED = ("prompt_logprobs", "truncate_prompt_tokens")
 """Sampling fields that would change the output; refused where they are set."""
 NUMBERS = (
     "temperature",
@@ -179,6 +179,7 @@ def _native(request: engine_pb2.GenerateRequest) -> inference_pb2.GenerateReques
     if theirs.HasField("seed"):
         # Theirs is signed; any 64 bits are a seed here.
         ours.seed = theirs.seed % 2**64
+    ours.logit_bias.update(theirs.logit_bias)
     if request.WhichOneof("input") == "text":
         prompt = prompt_pb2.Prompt(text=request.text)
     else:
@@ -203,6 +204,8 @@ def _violations(request: engine_pb2.GenerateRequest) -> Iterable[Violation]:
             yield Violation(f"sampling_params.{name}", "not supported yet")
     if sampling.HasField("logprobs") and sampling.logprobs < 0:
         yield Violation("sampling_params.logprobs", "must name how many; all of them are not supported")
+    if any(token_id < 0 for token_id in sampling.logit_bias):
+        yield Violation("sampling_params.logit_bias", "takes no negative token ids")
 
 
 class _Answer:

@@ -44,6 +44,7 @@ def test_chats_and_completions_are_answered_as_openai_would(tmp_path: Path, serv
             request("chat", "/v1/chat/completions", messages=STORY, max_completion_tokens=12),
             request("text", prompt="Once upon a time", n=2, temperature=1, seed=3),
             request("stopped", prompt="Once upon a time", max_tokens=200, stop="."),
+            request("biased", prompt="Once upon a time", logit_bias={"70": 100}),
         ],
     )
     assert status == 0
@@ -56,6 +57,8 @@ def test_chats_and_completions_are_answered_as_openai_would(tmp_path: Path, serv
     assert [choice["index"] for choice in text["choices"]] == [0, 1]
     assert stopped["choices"][0]["finish_reason"] == "stop"
     assert "." not in stopped["choices"][0]["text"]
+    (biased,) = answers["biased"]["response"]["body"]["choices"]
+    assert len(set(biased["text"])) == 1
 
 
 def test_a_line_that_cannot_be_run_is_answered_with_its_fault_and_the_others_go_on(
@@ -67,7 +70,8 @@ def test_a_line_that_cannot_be_run_is_answered_with_its_fault_and_the_others_go_
         [
             request("good", prompt="Once"),
             request("long", prompt="Once", max_tokens=10**6),
-            request("unknown", prompt="Once", logit_bias={"1": 2}),
+            request("unknown", prompt="Once", echo=True),
+            request("bias", prompt="Once", logit_bias={"ten": 2}),
             request("type", prompt="Once", max_tokens="many"),
             request("url", "/v1/embeddings"),
             request("empty"),
@@ -77,14 +81,15 @@ def test_a_line_that_cannot_be_run_is_answered_with_its_fault_and_the_others_go_
     assert answers["good"]["error"] is None
     for name, word in (
         ("long", "max_tokens"),
-        ("unknown", "body.logit_bias"),
+        ("unknown", "body.echo"),
+        ("bias", "body.logit_bias"),
         ("type", "type"),
         ("url", "/v1/chat/completions"),
         ("empty", "body.prompt"),
     ):
         assert answers[name]["response"]["status_code"] == 400
         assert word in answers[name]["error"]["message"]
-    assert "1 answered, 5 failed" in said
+    assert "1 answered, 6 failed" in said
 
 
 def test_a_batch_that_was_cut_off_goes_on_where_it_stopped(tmp_path: Path, server: Served) -> None:

@@ -86,7 +86,7 @@ async def test_without_stream_the_end_alone_holds_everything(front: Front) -> No
 
 
 async def test_what_we_cannot_do_is_refused_by_name_and_all_at_once(front: Front) -> None:
-    request = vllm_request(front, "x", json_schema="{}", logit_bias={1: 2.0}, prompt_logprobs=1, logprobs=-1)
+    request = vllm_request(front, "x", json_schema="{}", logit_bias={-1: 2.0}, prompt_logprobs=1, logprobs=-1)
     request.mm_inputs.SetInParent()
     request.kv_transfer_params_json = "{}"
     refusal = await refusal_of(vllm(front).Generate(request))
@@ -99,6 +99,13 @@ async def test_what_we_cannot_do_is_refused_by_name_and_all_at_once(front: Front
         "sampling_params.prompt_logprobs",
         "sampling_params.logprobs",
     }
+
+
+async def test_a_bias_reaches_the_engine(front: Front) -> None:
+    async for _ in vllm(front).Generate(vllm_request(front, "x", max_tokens=1, logit_bias={5: -1.5})):
+        pass
+    (submit,) = front.engine.sent(Submit)
+    assert submit.request.params.logit_bias == {5: -1.5}
 
 
 async def test_an_abort_ends_the_stream_as_aborted_and_may_come_again(front: Front) -> None:

@@ -166,6 +166,23 @@ def test_the_number_of_params_must_be_that_of_the_prompts(make_llm: MakeLLM) -> 
         make_llm().generate([[1], [2], [3]], [LENGTH_4, LENGTH_4], use_tqdm=False)
 
 
+@pytest.mark.parametrize(
+    ("logit_bias", "complaint"),
+    [
+        ({VOCAB_SIZE: 1.0}, rf"params\[1\]\.logit_bias\[{VOCAB_SIZE}\]: must be below the vocabulary's size"),
+        ({-1: 1.0}, "logit_bias: takes at most 300 token ids, none negative"),
+        (dict.fromkeys(range(301), 1.0), "logit_bias: takes at most 300"),
+        ({3: 100.1}, "logit_bias: each must be between -100 and 100"),
+        ({3: float("nan")}, "logit_bias: each must be"),
+    ],
+)
+def test_a_bias_that_cannot_be_is_refused(
+    make_llm: MakeLLM, logit_bias: dict[int, float], complaint: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=complaint):
+        make_llm().generate([[1], [2]], [LENGTH_4, SamplingParams(logit_bias=logit_bias)], use_tqdm=False)
+
+
 def test_every_choice_is_an_output_of_its_own(make_llm: MakeLLM) -> None:
     params = SamplingParams(n=3, max_tokens=4, ignore_eos=True)
     (result,) = make_llm().generate([1, 2], params, use_tqdm=False)

@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -141,6 +142,8 @@ def test_each_kind_of_row_gets_the_same_token_alone_and_in_a_mixed_batch():
         SamplingParams(temperature=0, repetition_penalty=1.7, logprobs=3),
         SamplingParams(presence_penalty=1.0, frequency_penalty=0.7, top_k=30),
         SamplingParams(min_tokens=30, stop_token_ids=(3,), min_p=0.01),
+        SamplingParams(temperature=0, logit_bias={7: 9.0, 299: -4.5}),
+        SamplingParams(top_p=0.9, frequency_penalty=0.7, logit_bias={30: 6.0, 31: -100.0}, logprobs=2),
     ]
     params = [kinds[i % len(kinds)] for i in range(50)]
     logits = random_logits(50, 300)
@@ -207,6 +210,51 @@ def test_tokens_behind_the_known_ones_are_not_history():
     logits = torch.tensor([[2.0, 1.0, 0.5, 1.9], [2.0, 1.0, 0.5, 1.9]])
     sampled = sampler.sample(logits, np.array([0, 1]), np.array([1, 3]), tokens)
     assert sampled.token_ids.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        GREEDY,
+        SamplingParams(temperature=0.7),
+        SamplingParams(top_k=7, top_p=0.8, min_p=0.01),
+        SamplingParams(repetition_penalty=1.8, presence_penalty=0.5, frequency_penalty=-0.5),
+        SamplingParams(min_tokens=30, stop_token_ids=(3, 4), repetition_penalty=0.5),
+    ],
+    ids=repr,
+)
+def test_a_bias_is_added_before_anything_else(params):
+    """As if the model had given these logits, to whatever follows: bias +100 or not, an end stays banned."""
+    logits, rng = random_logits(40, 50), np.random.default_rng(0)
+    history = rng.integers(0, 50, (40, 25)).tolist()
+    biases = [dict(zip(rng.permutation(50)[:9].tolist(), rng.normal(0, 4, 9), strict=True)) for _ in history]
+    biases[5][3] = 100.0
+    shifted = logits.clone()
+    for row, logit_bias in enumerate(biases):
+        for token, bias in logit_bias.items():
+            shifted[row, token] += bias
+    asked = [msgspec.structs.replace(params, logit_bias=logit_bias) for logit_bias in biases]
+    got = sample(logits, asked, history, num_prompt_tokens=12).token_ids.tolist()
+    assert got == sample(shifted, params, history, num_prompt_tokens=12).token_ids.tolist()
+    assert got != sample(logits, params, history, num_prompt_tokens=12).token_ids.tolist()
+
+
+def test_a_bias_bans_or_forces_a_token_and_is_not_in_the_logprobs():
+    """Nor does it outlive its row's request."""
+    logits = random_logits(2, 50)
+    best = logits.argmax(1).tolist()
+    params = SamplingParams(temperature=0, logprobs=1, logit_bias={best[0]: -100.0, 17: 100.0})
+    got = sample(logits, [params, GREEDY])
+    assert got.token_ids.tolist() == [17, best[1]]
+    raw = logits[0].log_softmax(-1)
+    assert got.logprobs[0].chosen.logprob == pytest.approx(raw[17].item(), abs=1e-5)
+    assert got.logprobs[0].top[0].token_id == best[0]
+
+    sampler, tokens = Sampler(1, EOS), np.zeros((1, 8), np.int32)
+    for asked, expected in ((params, 17), (GREEDY, best[0])):
+        sampler.set_row(RowSetup(0, [1], 1, [], asked, 0, 0))
+        sampled = sampler.sample(logits[:1].clone(), np.array([0]), np.array([1]), tokens)
+        assert sampled.token_ids.tolist() == [expected]
 
 
 def test_min_tokens_keeps_end_tokens_out_until_it_is_reached():

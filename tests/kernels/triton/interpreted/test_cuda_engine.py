@@ -48,8 +48,15 @@ def requests() -> list[Request]:
     greedy = SamplingParams(temperature=0, max_tokens=7)
     asks = [
         greedy,
-        SamplingParams(temperature=1.2, top_p=0.9, max_tokens=6),
-        SamplingParams(temperature=0.9, repetition_penalty=1.4, min_tokens=3, logprobs=2, max_tokens=6),
+        SamplingParams(temperature=1.2, top_p=0.9, max_tokens=6, logit_bias={3: 2.5, 70: -9.0, 71: 3.0}),
+        SamplingParams(
+            temperature=0.9,
+            repetition_penalty=1.4,
+            min_tokens=3,
+            logprobs=2,
+            max_tokens=6,
+            logit_bias={12: 5.0},
+        ),
         SamplingParams(top_k=9, presence_penalty=0.5, frequency_penalty=0.3, max_tokens=5),
         greedy,
     ]
