@@ -18,15 +18,15 @@ from machine import device_name
 
 HERE = Path(__file__).parent
 PARTS = {
-    "check": (["kernels.py", "--part", "check"], 140),
-    "models": (["models.py"], 150),
-    "swap": (["swap.py"], 120),
-    "engine": (["engine.py"], 100),
-    "storm": (["storm.py"], 90),
-    "kernels": (["kernels.py", "--part", "time"], 110),
-    "sanitizer": (["sanitizer.py"], 90),
+    "check": ("kernel_checks.py", 140),
+    "models": ("models.py", 150),
+    "swap": ("swap.py", 120),
+    "engine": ("engine.py", 100),
+    "storm": ("storm.py", 90),
+    "kernels": ("kernel_times.py", 110),
+    "sanitizer": ("sanitizer.py", 130),
 }
-"""Command and seconds of each, in the order in which they run."""
+"""Script and seconds of each, in the order in which they run."""
 
 
 def main() -> int:
@@ -65,7 +65,7 @@ def main() -> int:
 
 def _run(name: str, deadline: float) -> tuple[dict[str, object], str]:
     """Run a part. Its results, and a line about it."""
-    (script, *options), limit = PARTS[name]
+    script, limit = PARTS[name]
     seconds = min(limit, deadline - time.monotonic())
     if seconds < 10:
         return {"passed": False, "cut": True}, f"{name:10} left out: no time"
@@ -73,7 +73,7 @@ def _run(name: str, deadline: float) -> tuple[dict[str, object], str]:
     path.unlink(missing_ok=True)
     print(f"\n=== {name}", flush=True)
     began = time.monotonic()
-    command = [sys.executable, "-P", str(HERE / script), *options, "--json", str(path)]
+    command = [sys.executable, "-P", str(HERE / script), "--json", str(path)]
     try:
         status: int | str = subprocess.run(
             command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, timeout=seconds, check=False

@@ -19,6 +19,7 @@ from report import Report, run_part
 from tidegate.kernels.noise import noise_keys
 from tidegate.kernels.triton.activation import silu_mul
 from tidegate.kernels.triton.attention import AttentionBatch, paged_attention
+from tidegate.kernels.triton.gemv import gemv, gemv_add, gemv_gated
 from tidegate.kernels.triton.norm import add_rms_norm, rms_norm
 from tidegate.kernels.triton.rope_kv_write import rope_kv_write
 from tidegate.kernels.triton.sampling import SamplingRows, sample
@@ -33,7 +34,7 @@ from tidegate.kernels.triton.step_inputs import (
 )
 
 TOOLS = ("memcheck", "racecheck")
-SECONDS = 40
+SECONDS = 60
 DEVICE = "cpu" if DRY else "cuda"
 
 
@@ -62,17 +63,9 @@ def run_tool(report: Report, tool: str) -> None:
 
 def cases() -> None:
     """Every kernel once, small, with edges inside tiles and blocks."""
-    case = make_case(
-        [(1, 70), (1, 1), (5, 33)], num_heads=4, num_kv_heads=2, dtype=torch.float16, device=DEVICE
-    )
-    batch = AttentionBatch.build(
-        case.num_decodes, case.query_starts, case.context_lens, case.block_tables_SM, case.kv_NCKBD, 4
-    )
-    num_tokens = len(case.query_THD)
-    angles_T1D = torch.ones(num_tokens, 1, 64, dtype=torch.float16, device=DEVICE)
-    qkv_TXD = torch.cat((case.query_THD, case.key_TKD, case.value_TKD), 1)
-    rope_kv_write(qkv_TXD, angles_T1D, angles_T1D, case.kv_NCKBD, batch.slot_blocks_T, batch.slot_offsets_T)
-    paged_attention(case.query_THD, case.kv_NCKBD, batch, 0.1)
+    attend(None)
+    attend(9)
+    multiply_one_token()
     x_TM, weight_M = torch.randn(3, 900, device=DEVICE), torch.randn(900, device=DEVICE)
     rms_norm(x_TM, weight_M, 1e-5)
     add_rms_norm(x_TM, x_TM.clone(), weight_M, 1e-5)
@@ -106,6 +99,44 @@ def cases() -> None:
     if not DRY:
         torch.cuda.synchronize()
     print("cases done")
+
+
+def attend(window: int | None) -> None:
+    """One step of two decodes and a chunk of a prompt. ``window`` begins inside a block and inside a tile."""
+    case = make_case(
+        [(1, 70), (1, 1), (5, 33)],
+        num_heads=4,
+        num_kv_heads=2,
+        dtype=torch.float16,
+        device=DEVICE,
+        window=window,
+    )
+    batch = AttentionBatch.build(
+        case.num_decodes,
+        case.query_starts,
+        case.context_lens,
+        case.block_tables_SM,
+        case.kv_NCKBD,
+        4,
+        window,
+    )
+    num_tokens = len(case.query_THD)
+    angles_T1D = torch.ones(num_tokens, 1, 64, dtype=torch.float16, device=DEVICE)
+    qkv_TXD = torch.cat((case.query_THD, case.key_TKD, case.value_TKD), 1)
+    rope_kv_write(qkv_TXD, angles_T1D, angles_T1D, case.kv_NCKBD, batch.slot_blocks_T, batch.slot_offsets_T)
+    paged_attention(case.query_THD, case.kv_NCKBD, batch, 0.1)
+
+
+def multiply_one_token() -> None:
+    """More inputs and outputs than whole tiles of either; with and without what a product may take along."""
+    num_inputs, num_outputs = 1100, 70
+    x_1I, norm_I = torch.randn(1, num_inputs, device=DEVICE), torch.randn(num_inputs, device=DEVICE)
+    weight_OI = torch.randn(num_outputs, num_inputs, device=DEVICE)
+    bias_O = torch.randn(num_outputs, device=DEVICE)
+    for bias, norm in ((None, None), (bias_O, (norm_I, 1e-5))):
+        gemv(x_1I, weight_OI, bias, norm)
+    gemv_gated(x_1I, weight_OI, bias_O, (norm_I, 1e-5))
+    gemv_add(x_1I, weight_OI, bias_O, torch.randn(1, num_outputs, device=DEVICE))
 
 
 if __name__ == "__main__":

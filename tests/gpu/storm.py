@@ -10,7 +10,7 @@ from report import Report, run_part
 
 from tidegate.engine.core import EngineCore
 from tidegate.engine.device.streams import Device
-from tidegate.engine.messages import Submit
+from tidegate.engine.messages import Stats, Submit
 from tidegate.engine.model.cuda_decoder import CudaDecoder
 from tidegate.engine.request import Request, SamplingParams
 
@@ -22,14 +22,22 @@ def storm(report: Report) -> None:
     device = open_device()
     decoder = random_decoder(TINY if DRY else LLAMA_8B, device, 64 if DRY else 2048)
     rates = {}
-    run(decoder, device, None, {"device_kv_tokens": NEED, "host_kv_tokens": 0}, report)
+    run(decoder, device, {"device_kv_tokens": NEED, "host_kv_tokens": 0})  # compiles kernels
     for name, options in {
         "KV for all": {"device_kv_tokens": NEED, "host_kv_tokens": 0},
         "swap": {"device_kv_tokens": NEED // 4, "host_kv_tokens": NEED, "preemption": "swap"},
         "auto": {"device_kv_tokens": NEED // 4, "host_kv_tokens": NEED, "preemption": "auto"},
         "recompute": {"device_kv_tokens": NEED // 4, "host_kv_tokens": 0, "preemption": "recompute"},
     }.items():
-        rates[name] = run(decoder, device, name, options, report)
+        rates[name], stats = run(decoder, device, options)
+        swapped = (stats.swap_out_bytes + stats.swap_in_bytes) / 1e9
+        report.figure(
+            f"storm of {REQUESTS} x ({PROMPT} + {OUTPUT}), {name}",
+            rates[name],
+            "tok/s",
+            note=f"{stats.preemptions_swap} swapped, {stats.preemptions_recompute} dropped, "
+            f"{stats.recomputed_tokens} tokens again, {swapped:.1f} GB moved",
+        )
         device.release_cache()
     for name in ("swap", "auto"):
         ratio = rates[name] / rates["KV for all"]
@@ -39,10 +47,8 @@ def storm(report: Report) -> None:
     )
 
 
-def run(
-    decoder: CudaDecoder, device: Device, name: str | None, options: dict[str, object], report: Report
-) -> float:
-    """Tokens a second. The first run has no name: it compiles kernels, and its rate is nobody's."""
+def run(decoder: CudaDecoder, device: Device, options: dict[str, object]) -> tuple[float, Stats]:
+    """Tokens a second, and what the engine counted meanwhile."""
     core = engine_of(
         decoder,
         device,
@@ -67,18 +73,7 @@ def run(
     seconds = time.perf_counter() - began
     stats = core.stats()
     core.close()
-    rate = REQUESTS * OUTPUT / seconds
-    if name is None:
-        return rate
-    swapped = (stats.swap_out_bytes + stats.swap_in_bytes) / 1e9
-    report.figure(
-        f"storm of {REQUESTS} x ({PROMPT} + {OUTPUT}), {name}",
-        rate,
-        "tok/s",
-        note=f"{stats.preemptions_swap} swapped, {stats.preemptions_recompute} dropped, "
-        f"{stats.recomputed_tokens} tokens again, {swapped:.1f} GB moved",
-    )
-    return rate
+    return REQUESTS * OUTPUT / seconds, stats
 
 
 def warm_up(core: EngineCore, vocab_size: int) -> None:

@@ -1,6 +1,7 @@
 """Time on a CUDA device, and the device's own ceilings to compare with."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -32,6 +33,7 @@ def seconds(launches: list[Callable[[], object]], repeats: int = 7) -> float:
     return sorted(times)[repeats // 2]
 
 
+@cache
 def copy_bandwidth() -> float:
     """Bytes a second read and written by a large copy: the better of the copy engine's and a kernel's."""
     source = torch.empty(2**29, dtype=torch.float32, device="cuda").normal_()
