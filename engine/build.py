@@ -66,7 +66,7 @@ def compose(config: EngineConfig, path: Path, parts: DeviceParts) -> EngineCore:
         transfer=transfer,
         hasher=hasher,
         groups=parts.groups,
-        step_tokens=parts.max_step_tokens,
+        most_uncommitted=config.pipeline_depth * parts.max_step_tokens,
         host_ready=parts.host_ready,
         host_quota=int(config.tenant_host_share * sizes.host),
     )

@@ -35,33 +35,32 @@ class KVGroup:
         """The first block that a sequence keeps once it has computed ``num_tokens`` positions."""
         return max(0, self.needed_from(num_tokens, block_size) - KEPT_BLOCKS)
 
-    def most_blocks(self, num_tokens: int, step_tokens: int, block_size: int) -> int:
+    def most_blocks(self, num_tokens: int, uncommitted: int, block_size: int) -> int:
         """Held at once, at the most, by a sequence that grows to ``num_tokens`` positions, no more than
-        ``step_tokens`` of them not yet committed. A prompt whose next chunk is planned before the last one
-        is collected holds those of one more step, where there is room for them.
+        ``uncommitted`` of them not yet committed: a chunk of its prompt for each step in flight.
         """
         blocks = -(-num_tokens // block_size)
         if self.window is None:
             return blocks
-        # What a step writes and what its queries see may begin and end anywhere in a block.
-        return min(blocks, -(-(self.window - 1 + step_tokens) // block_size) + 1 + KEPT_BLOCKS)
+        # What the steps write and what their queries see may begin and end anywhere in a block.
+        return min(blocks, -(-(self.window - 1 + uncommitted) // block_size) + 1 + KEPT_BLOCKS)
 
 
 FULL_ATTENTION = (KVGroup(),)
 """Of a model whose layers all attend to everything."""
 
 
-def most_blocks(groups: Sequence[KVGroup], num_tokens: int, step_tokens: int, block_size: int) -> int:
+def most_blocks(groups: Sequence[KVGroup], num_tokens: int, uncommitted: int, block_size: int) -> int:
     """Blocks that one sequence holds at once in all groups; see ``KVGroup.most_blocks``."""
-    return sum(group.most_blocks(num_tokens, step_tokens, block_size) for group in groups)
+    return sum(group.most_blocks(num_tokens, uncommitted, block_size) for group in groups)
 
 
 def longest_sequence(
-    groups: Sequence[KVGroup], blocks: int, most_tokens: int, step_tokens: int, block_size: int
+    groups: Sequence[KVGroup], blocks: int, most_tokens: int, uncommitted: int, block_size: int
 ) -> int:
     """Tokens, in whole blocks and up to ``most_tokens``, of the longest sequence that so many blocks hold."""
     lengths = range(block_size, most_tokens + block_size, block_size)
     fitting = bisect_right(
-        lengths, blocks, key=lambda length: most_blocks(groups, length, step_tokens, block_size)
+        lengths, blocks, key=lambda length: most_blocks(groups, length, uncommitted, block_size)
     )
     return fitting * block_size

@@ -56,8 +56,9 @@ def size_tiers(
 
     Raises ``ConfigError`` where the device tier cannot hold one sequence of ``max_model_len``.
     """
+    uncommitted = config.pipeline_depth * step_tokens
     if config.device_kv_tokens is None:
-        longest_one = most_blocks(groups, model_len, step_tokens, block_size)
+        longest_one = most_blocks(groups, model_len, uncommitted, block_size)
         most = config.max_num_seqs * longest_one + len(groups)
         room = int(free * DEVICE_SHARE) if device_free is None else device_free
         device = min(room // block_bytes, most)
@@ -68,7 +69,7 @@ def size_tiers(
     else:
         host = config.host_kv_tokens // block_size * len(groups)
     # A block a group more than one sequence needs, so that the longest one never waits for its own tail.
-    longest = longest_sequence(groups, device - len(groups), max(model_len, 2), step_tokens, block_size)
+    longest = longest_sequence(groups, device - len(groups), max(model_len, 2), uncommitted, block_size)
     if longest < min(config.max_model_len or 0, model_len) or longest < 2:
         raise ConfigError(
             f"device_kv_tokens: the device tier holds {longest} tokens of one sequence, and a block "

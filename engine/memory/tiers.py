@@ -49,20 +49,20 @@ class BlockManager:
         transfer: Transfer,
         hasher: BlockHasher | None,
         groups: Sequence[KVGroup] = FULL_ATTENTION,
-        step_tokens: int = 0,
+        most_uncommitted: int = 0,
         host_ready: Callable[[], int] | None = None,
         host_quota: int | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """``hasher`` None: no prefix is ever shared. ``step_tokens``: the most positions that a sequence
-        takes in one step, which groups with a window need room for. ``host_ready`` tells how many of the
+        """``hasher`` None: no prefix is ever shared. ``most_uncommitted``: positions that a sequence takes in
+        all steps in flight, which groups with a window need room for. ``host_ready`` tells how many of the
         host's blocks can be used by now, from the first; None: all of them. ``host_quota``: blocks that each
         tenant may have parked before it is the first to lose some. ``observer`` is told of every transition.
         """
         self.block_size = block_size
         self.hasher = hasher
         self.groups = tuple(groups)
-        self._step_tokens = step_tokens
+        self._most_uncommitted = most_uncommitted
         self._has_windows = any(group.window is not None for group in groups)
         self._store = BlockStore(
             kinds=self.groups,
@@ -137,7 +137,7 @@ class BlockManager:
 
     def most_blocks(self, num_tokens: int) -> int:
         """What a sequence that grows to ``num_tokens`` holds in all groups, at the most."""
-        return most_blocks(self.groups, num_tokens, self._step_tokens, self.block_size)
+        return most_blocks(self.groups, num_tokens, self._most_uncommitted, self.block_size)
 
     def has_room(self, blocks: Sequence[Block], extra: int) -> bool:
         """Whether these blocks fit on the device together, and ``extra`` fresh ones beside them."""
@@ -158,7 +158,7 @@ class BlockManager:
         """
         size, missing = self.block_size, 0
         for kind, held in zip(self.groups, start.groups, strict=True):
-            most = kind.most_blocks(num_tokens, self._step_tokens, size)
+            most = kind.most_blocks(num_tokens, self._most_uncommitted, size)
             missing += max(0, min(self.blocks_for(num_tokens) - start.length, most - len(held)))
         return missing + (tails.num_to_copy(table, self.block_size) if num_tokens > table.num_tokens else 0)
 

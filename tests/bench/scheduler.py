@@ -47,7 +47,7 @@ def run(requests: int, kv_tokens: int, windows: tuple[int | None, ...]) -> tuple
         transfer=tiers,
         hasher=BlockHasher("bench", BLOCK, secret=b"bench"),
         groups=[KVGroup(window) for window in windows],
-        step_tokens=2048,
+        most_uncommitted=2048,
     )
     limits = Limits(
         max_model_len=1024,

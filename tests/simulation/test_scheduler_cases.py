@@ -225,6 +225,21 @@ def test_nothing_is_copied_for_those_that_wait_for_a_row(rows, copies, depth):
     assert (world.core.stats().swap_out_bytes > 0) is copies
 
 
+def test_no_sequence_holds_more_blocks_than_it_is_counted_for(depth, monkeypatch):
+    """Of a window, all steps in flight count: the next chunk is planned before the last one is collected."""
+    world = World(1, depth=depth, windows=(6,), prefix_caching=False, write_ahead=0)
+    manager, launch, held = world.manager, world.runner.launch, []
+
+    def record(plan: StepPlan) -> worlds.FakeStep:
+        held.append(world.device_blocks - manager.device.num_free - manager.num_draining)
+        return launch(plan)
+
+    monkeypatch.setattr(world.runner, "launch", record)
+    submit(world, request("long", 80, 10))
+    assert ends(step(world, 60))["long"].reason is FinishReason.MAX_TOKENS
+    assert max(held) <= manager.most_blocks(90) < manager.blocks_for(90)
+
+
 def test_each_recompute_that_was_chosen_is_logged_with_what_both_ways_would_take(depth):
     world = World(1, depth=depth, device_blocks=12, write_ahead=0)
     world.tiers.bytes_per_second = 1e3

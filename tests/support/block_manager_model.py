@@ -154,7 +154,7 @@ class BlockManagerModel:
             transfer=self.transfer,
             hasher=BlockHasher("model", block_size, secret=b"secret"),
             groups=self.kinds,
-            step_tokens=2 * block_size,
+            most_uncommitted=2 * block_size,
             observer=self.observe,
         )
         self.sequences: list[Sequence] = []

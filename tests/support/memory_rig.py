@@ -36,7 +36,7 @@ class Rig:
             transfer=self.transfer,
             hasher=BlockHasher("model", SIZE, b"secret") if caches else None,
             groups=[KVGroup(window) for window in windows],
-            step_tokens=4 * SIZE,
+            most_uncommitted=4 * SIZE,
             observer=lambda block, event, before, after: self.events.append(event),
         )
         self.tables: list[BlockTable] = []

@@ -304,14 +304,17 @@ class World:
             transfer=self.tiers,
             hasher=BlockHasher("fake", self.block_size, secret=b"seed") if self.prefix_caching else None,
             groups=groups,
-            step_tokens=self.max_step_tokens,
+            most_uncommitted=self.depth * self.max_step_tokens,
             host_quota=self.host_quota,
             observer=self._observe,
         )
         # With windows alone, sequences may be longer than the device tier.
-        most = 2 * self.device_blocks // len(groups) * self.block_size
         self.max_model_len = longest_sequence(
-            groups, self.device_blocks - len(groups), most, self.max_step_tokens, self.block_size
+            groups,
+            self.device_blocks - len(groups),
+            2 * self.device_blocks // len(groups) * self.block_size,
+            self.depth * self.max_step_tokens,
+            self.block_size,
         )
         self.scheduler = Scheduler(
             Limits(

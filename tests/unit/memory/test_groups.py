@@ -3,6 +3,7 @@
 import pytest
 import torch
 from memory_rig import SIZE, Rig, states
+from msgspec.structs import replace
 
 from tidegate.engine.config import ConfigError, EngineConfig
 from tidegate.engine.memory.block import BlockTable, State
@@ -51,10 +52,10 @@ def test_no_sequence_holds_more_than_the_most(window: int | None, step: int) -> 
 
 def test_the_longest_sequence_is_what_all_groups_hold_together() -> None:
     kinds = (KVGroup(), KVGroup(window=8))
-    longest = longest_sequence(kinds, 30, 1000, step_tokens=4, block_size=4)
+    longest = longest_sequence(kinds, 30, 1000, uncommitted=4, block_size=4)
     assert most_blocks(kinds, longest, 4, 4) <= 30 < most_blocks(kinds, longest + 4, 4, 4)
-    assert longest_sequence((KVGroup(window=8),), 6, 1000, step_tokens=4, block_size=4) == 1000
-    assert longest_sequence(kinds, 0, 1000, step_tokens=4, block_size=4) == 0
+    assert longest_sequence((KVGroup(window=8),), 6, 1000, uncommitted=4, block_size=4) == 1000
+    assert longest_sequence(kinds, 0, 1000, uncommitted=4, block_size=4) == 0
 
 
 def test_a_model_of_windows_alone_takes_sequences_longer_than_the_device_tier() -> None:
@@ -63,8 +64,10 @@ def test_a_model_of_windows_alone_takes_sequences_longer_than_the_device_tier() 
     windows = size_tiers(config, **given, groups=(KVGroup(window=64),))
     assert (windows.device, windows.max_model_len) == (16, 4096)
     both = size_tiers(config, **given, groups=(KVGroup(window=64), KVGroup()))
-    # 32 blocks: one to spare for each group, and up to 8 for the window.
-    assert (both.device, both.max_model_len) == (32, 22 * 16)
+    # 32 blocks: one to spare for each group, and up to 10 for the window and the two steps in flight.
+    assert (both.device, both.max_model_len) == (32, 20 * 16)
+    one_step = size_tiers(replace(config, pipeline_depth=1), **given, groups=(KVGroup(64), KVGroup()))
+    assert one_step.max_model_len == 22 * 16
     with pytest.raises(ConfigError, match="the device tier holds 0 tokens"):
         size_tiers(config, **{**given, "block_size": 256}, groups=(KVGroup(window=64), KVGroup()))
 
