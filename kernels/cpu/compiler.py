@@ -4,6 +4,7 @@ The library lies in a cache folder under a name made of all that it depends on: 
 processor. So nothing ever goes stale, and what another machine left on a shared home is not taken for ours.
 """
 
+import atexit
 import hashlib
 import os
 import platform
@@ -13,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -107,7 +109,15 @@ def _cache_folder() -> Path:
             return folder
     except (OSError, RuntimeError):  # read-only, or no home at all
         pass
-    return Path(tempfile.mkdtemp(prefix="tidegate-"))
+    return _temporary_folder()
+
+
+@cache
+def _temporary_folder() -> Path:
+    """Of this process and gone with it: whoever asks for the kernels next finds them compiled."""
+    folder = Path(tempfile.mkdtemp(prefix="tidegate-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _state_of(program: str) -> tuple[str, int, int]:

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,9 +57,7 @@ def test_the_cache_is_its_owners_alone(cache: Path):
 @pytest.mark.usefixtures("_needs_compiler")
 def test_no_library_is_taken_from_a_folder_that_others_can_write_to(cache: Path):
     (cache / "tidegate").chmod(0o777)
-    compiled = compile_kernels(DEFINITIONS)
-    assert cache not in compiled.path.parents
-    assert compiled.seconds > 0
+    assert cache not in compile_kernels(DEFINITIONS).path.parents
 
 
 @pytest.mark.usefixtures("_needs_compiler")
@@ -73,15 +73,24 @@ def test_processes_that_start_together_leave_one_whole_library(cache: Path):
 def test_without_a_home_to_write_to_a_temporary_folder_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """As in a container whose file system is read-only but for /tmp."""
-    blocked = tmp_path / "a file, not a folder"
+    """As in a container whose file system is read-only but for /tmp: one compilation for the whole process,
+    which leaves nothing behind.
+    """
+    blocked, temporary = tmp_path / "a file, not a folder", tmp_path / "tmp"
     blocked.write_text("")
+    temporary.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    path = compile_kernels(DEFINITIONS).path
-    assert path.is_file()
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    path.unlink()
-    path.parent.rmdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    code = (
+        "from tidegate.kernels.cpu.compiler import compile_kernels\n"
+        f"first, again = compile_kernels({DEFINITIONS}), compile_kernels({DEFINITIONS})\n"
+        "print(first.seconds > 0, again.seconds > 0, oct(again.path.parent.stat().st_mode), again.path)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, again, mode, path = done.stdout.split()
+    assert (first, again, mode) == ("True", "False", oct(stat.S_IFDIR | 0o700))
+    assert temporary in Path(path).parents
+    assert list(temporary.iterdir()) == []
 
 
 def fake_compiler(folder: Path, script: str) -> str:
