@@ -157,7 +157,7 @@ def stream_text(text: Text, pieces: list[list[int]], params: SamplingParams) -> 
     return "".join(delta.text for delta in deltas) + stream.flush()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     ids=st.lists(st.integers(0, BYTE_LEVEL.vocab_size + 3), max_size=40),
     sizes=st.lists(st.integers(0, 5), max_size=10),
@@ -171,7 +171,7 @@ def test_deltas_of_any_byte_level_tokens_add_up_to_the_full_decode(
     assert stream_text(BYTE_LEVEL, split(ids, sizes), params) == BYTE_LEVEL.decode(ids, skip)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(alphabet=st.sampled_from("the tide comes in a🌊潮é\u200d👩🚀"), max_size=40))
 def test_deltas_of_a_byte_fallback_tokenizer_add_up_to_the_full_decode(sample: str) -> None:
     """A decoder that depends on context: it strips the space at the start and fuses byte tokens."""
@@ -230,7 +230,7 @@ def naive_stop(
     return seen, None
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     ids=st.lists(st.integers(0, 5), min_size=1, max_size=30),
     stops=st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=4),

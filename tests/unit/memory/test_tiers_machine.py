@@ -90,8 +90,6 @@ for _spec in RULES:
 BlockManagerMachine.TestCase.settings = settings(
     max_examples=100,
     stateful_step_count=60,
-    deadline=None,
-    database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 TestBlockManager = BlockManagerMachine.TestCase
