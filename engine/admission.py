@@ -79,9 +79,10 @@ class Admission:
         if parent is None or parent.request.tenant != seq.request.tenant:
             return
         # The last token must be computed, to give logits.
-        most = min(parent.table.num_tokens, len(seq.tokens) - 1)
-        shared = self._manager.reach(parent.table, common_prefix(parent.tokens, seq.tokens, most))
-        known = self._manager.find_prefix(seq.table, seq.tokens)
+        tokens = seq.shareable
+        most = min(parent.table.num_tokens, len(tokens) - 1)
+        shared = self._manager.reach(parent.table, common_prefix(parent.tokens, tokens, most))
+        known = self._manager.find_prefix(seq.table, tokens)
         if shared and shared >= known.length * self._manager.block_size:
             self._roster.set_table(seq, self._manager.fork(parent.table, shared))
             seq.high_water = seq.table.num_tokens
@@ -156,7 +157,7 @@ class Admission:
         manager, eviction, table = self._manager, self._eviction, seq.table
         while True:
             # Looked up anew each time: making room may have cost the prefix.
-            start = manager.start_of(table, seq.tokens)
+            start = manager.start_of(table, seq.shareable)
             extra = manager.num_to_come(table, start, len(seq.tokens) + 1)
             reserve = policy.growth_reserve(len(self._roster.running), manager.block_size)
             if manager.has_room(start.blocks, extra + reserve * len(manager.groups)):

@@ -13,6 +13,7 @@ from tidegate.engine.messages import (
     Profiled,
     Progress,
     ProgressKind,
+    PromptLogprobs,
     Refused,
     Stats,
     StepOutput,
@@ -108,6 +109,10 @@ class Journal:
         self.stats.output_tokens += 1
         wanted = None if logprobs is None else [logprobs]
         self._out.deltas.append(Delta(seq.request.id, seq.choice, seq.num_output, [token_id], wanted))
+
+    def prompt_logprobs(self, seq: Sequence, offset: int, positions: list[PositionLogprobs]) -> None:
+        """Of its request's prompt, from the token at ``offset`` on."""
+        self._out.prompt_logprobs.append(PromptLogprobs(seq.request.id, offset, positions))
 
     def progress(self, seq: Sequence, kind: ProgressKind) -> None:
         self._out.progress.append(Progress(seq.request.id, seq.choice, kind))

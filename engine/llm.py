@@ -79,6 +79,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     seed: int
     """Given again, it gives the same tokens; in bfloat16 but for near ties."""
+    prompt_logprobs: list[PositionLogprobs | None] | None
+    """One entry for each prompt token, None for the first; None where they were not asked for."""
 
 
 class LLM:
@@ -263,6 +265,8 @@ def _cancel(core: EngineCore, request_ids: Iterable[str]) -> None:
 
 def _take(core: EngineCore, running: "dict[str, _Job]", output: StepOutput) -> None:
     """Hand a step's output to the jobs, and end the choices in which a stop string appeared."""
+    for scored in output.prompt_logprobs:
+        running[scored.request_id].prompt_logprobs += scored.positions
     for refused in output.refused:
         with _naming(running.pop(refused.request_id).prompt.place):
             raise InvalidRequest(refused.violations)
@@ -296,6 +300,7 @@ class _Job:
             params=params,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
         )
+        self.prompt_logprobs: list[PositionLogprobs | None] = [None]
         self.choices = [_Choice(TextStream(text, params)) for _ in range(params.n)]
 
     @property
@@ -307,9 +312,15 @@ class _Job:
         return sum(len(choice.token_ids) for choice in self.choices)
 
     def output(self) -> RequestOutput:
-        with_logprobs = self.request.params.logprobs is not None
-        outputs = [choice.output(i, with_logprobs) for i, choice in enumerate(self.choices)]
-        return RequestOutput(self.prompt.text, self.prompt.token_ids, outputs, self.request.seed)
+        params = self.request.params
+        outputs = [choice.output(i, params.logprobs is not None) for i, choice in enumerate(self.choices)]
+        return RequestOutput(
+            prompt=self.prompt.text,
+            prompt_token_ids=self.prompt.token_ids,
+            outputs=outputs,
+            seed=self.request.seed,
+            prompt_logprobs=None if params.prompt_logprobs is None else self.prompt_logprobs,
+        )
 
 
 @dataclass(slots=True)

@@ -118,6 +118,17 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     logprobs: list[PositionLogprobs] | None = None
 
 
+class PromptLogprobs(msgspec.Struct, array_like=True):
+    """Of the prompt's tokens from ``offset`` on; the first token of a prompt has none.
+
+    In their order, each once, and all of them before the request's first ``Delta``.
+    """
+
+    request_id: str
+    offset: int
+    positions: list[PositionLogprobs]
+
+
 class ProgressKind(StrEnum):
     STALLED = "stalled"
     """No credit: it left the batch, its KV is still on the device."""
@@ -321,6 +332,7 @@ class StepOutput(msgspec.Struct):
 
     refused: list[Refused] = []
     admitted: list[Admitted] = []
+    prompt_logprobs: list[PromptLogprobs] = []
     deltas: list[Delta] = []
     progress: list[Progress] = []
     finished: list[Finished] = []
@@ -333,6 +345,7 @@ class StepOutput(msgspec.Struct):
         return bool(
             self.refused
             or self.admitted
+            or self.prompt_logprobs
             or self.deltas
             or self.progress
             or self.finished

@@ -79,6 +79,9 @@ class SamplingParams(
     ignore_eos: bool = False
     logprobs: int | None = None
     """How many of the most likely tokens to report at each position, beside the chosen one."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first. Such a prompt is computed in full, whatever of it
+    the tiers hold."""
     logit_bias: dict[int, float] = {}
     """By token id, added to its logit before anything else. ``logprobs`` do not see it."""
     skip_special_tokens: bool = True
@@ -120,6 +123,11 @@ class SamplingParams(
             (
                 "logprobs",
                 self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+                f"must be between 0 and {MAX_LOGPROBS}",
+            ),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS,
                 f"must be between 0 and {MAX_LOGPROBS}",
             ),
             (
@@ -172,6 +180,8 @@ class Request(msgspec.Struct, kw_only=True):
     choices: dict[int, list[int]] | None = None
     """Of a request that an engine before this one did not end: the choices that still run, each with its
     output so far, ``output_token_ids`` included. None: all choices are new."""
+    num_scored: int = 0
+    """The prompt's logprobs that such an engine has given already."""
     parent: Parent | None = None
     """Whose KV holds a prefix of this prompt, down to the last position in common. Only a hint: the prompt
     stands here in full, and where the parent's KV is gone it is computed like any other."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import structlog
 
@@ -187,10 +188,12 @@ class Scheduler:
         self._journal.stepped(len(step.members), result.seconds)
         self._observe(step.plan, result.seconds)
         samples = zip(result.token_ids, result.finite, result.logprobs, strict=True)
+        scores = iter(result.prompt_logprobs)
         for chunk, (seq, generation) in zip(step.plan.chunks, step.members, strict=True):
             sample = next(samples) if chunk.samples else None
+            scored = [] if chunk.scored is None else list(islice(scores, len(chunk.scored.token_ids)))
             if seq.generation == generation:
-                self._take(seq, chunk, sample)
+                self._take(seq, chunk, sample, scored)
         self._manager.flush()
 
     def fail(self, step: ScheduledStep, error: Exception) -> None:
@@ -311,7 +314,7 @@ class Scheduler:
                 return 0
             self._update_row(plan, seq)
         samples = amount == left
-        plan.chunks.append(Chunk(seq.row, start, amount, samples))
+        plan.chunks.append(Chunk(seq.row, start, amount, samples, seq.scored(start, start + amount)))
         step.members.append((seq, seq.generation))
         seq.num_scheduled += amount
         seq.pending += samples
@@ -353,16 +356,22 @@ class Scheduler:
 
     # What a step gave
 
-    def _take(self, seq: Sequence, chunk: Chunk, sample: Sample | None) -> None:
+    def _take(
+        self, seq: Sequence, chunk: Chunk, sample: Sample | None, scored: list[PositionLogprobs]
+    ) -> None:
         seq.in_flight -= 1
         seq.failures = 0
-        if sample is not None and not sample[1]:
+        is_finite = sample is None or sample[1]
+        if not is_finite or not all(math.isfinite(position.chosen.logprob) for position in scored):
             self._manager.distrust(seq.table)
             self._finish(seq, FinishReason.ERROR, error="NONFINITE_LOGITS")
             return
         end = chunk.start + chunk.count
         self._journal.computed(seq, chunk.start, end)
         self._manager.commit(seq.table, end, seq.tokens)
+        if chunk.scored is not None:
+            self._journal.prompt_logprobs(seq, chunk.scored.start + 1, scored)
+            seq.num_scored = chunk.scored.start + len(scored)
         if sample is not None:
             seq.pending -= 1
             self._journal.token(seq, sample[0], sample[2])
@@ -390,6 +399,7 @@ class Scheduler:
         for sibling in siblings:
             self._roster.set_table(sibling, self._manager.fork(seq.table, seq.num_prompt - 1))
             sibling.high_water = sibling.table.num_tokens
+            sibling.num_scored = seq.num_scored
             self._eviction.place(sibling)
 
     def _observe(self, plan: StepPlan, seconds: float) -> None:

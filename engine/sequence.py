@@ -19,6 +19,7 @@ from enum import StrEnum
 from tidegate.engine.memory.block import BlockTable
 from tidegate.engine.policy import Candidate
 from tidegate.engine.request import FinishReason, Request
+from tidegate.engine.step import Scored
 
 MAX_STEP_FAILURES = 3
 
@@ -52,6 +53,8 @@ class Sequence:
     emit_upto: float = math.inf
     status: Status = Status.WAITING
     num_prompt: int = field(init=False)
+    num_scored: int = field(init=False)
+    """The prompt's positions whose logits have given their logprobs, where those are wanted."""
     num_scheduled: int = 0
     reserved: int = 0
     pending: int = 0
@@ -84,6 +87,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.request.prompt_token_ids)
+        self.num_scored = self.request.num_scored
 
     @property
     def num_output(self) -> int:
@@ -113,6 +117,21 @@ class Sequence:
     def is_suspect(self) -> bool:
         """Whether its steps keep failing: one more, and it is the one that breaks them."""
         return self.failures == MAX_STEP_FAILURES - 1
+
+    @property
+    def shareable(self) -> list[int]:
+        """Tokens of which all but the last one may find their KV: what is to be scored must be computed."""
+        if self.request.params.prompt_logprobs is None or self.num_scored >= self.num_prompt - 1:
+            return self.tokens
+        return self.tokens[: self.num_scored + 1]
+
+    def scored(self, start: int, end: int) -> Scored | None:
+        """What is still to be scored behind positions ``[start, end)``."""
+        top = self.request.params.prompt_logprobs
+        first, last = max(start, self.num_scored), min(end, self.num_prompt - 1)
+        if top is None or first >= last:
+            return None
+        return Scored(first, self.tokens[first + 1 : last + 1], top)
 
     def candidate(self, step_id: int) -> Candidate:
         return Candidate(

@@ -38,6 +38,23 @@ class RowSetup:
 
 
 @dataclass(slots=True)
+class Scored:
+    """Prompt tokens whose logprobs are wanted: those right behind the positions from ``start`` on."""
+
+    start: int
+    token_ids: list[int]
+    top: int
+    """How many of the most likely tokens to report beside each."""
+
+    def within(self, start: int, end: int) -> "Scored | None":
+        """Those behind positions ``[start, end)``."""
+        first, last = max(start, self.start), min(end, self.start + len(self.token_ids))
+        if first >= last:
+            return None
+        return Scored(first, self.token_ids[first - self.start : last - self.start], self.top)
+
+
+@dataclass(slots=True)
 class Chunk:
     """Positions ``[start, start + count)`` of one row, to be computed in this step.
 
@@ -49,6 +66,8 @@ class Chunk:
     start: int
     count: int
     samples: bool
+    scored: Scored | None = None
+    """Of its own positions alone."""
 
 
 @dataclass(slots=True)
@@ -80,6 +99,8 @@ class StepResult:
     """None where the request did not ask for them."""
     seconds: float
     """Wall time of the step's computation."""
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    """One for each scored token, in plan order."""
 
 
 class StepHandle(Protocol):

@@ -63,18 +63,18 @@ class CudaDecoder:
         positions_T: torch.Tensor,
         pool_NLCKBD: torch.Tensor,
         batches: Sequence[AttentionBatch],
-        sample_rows_R: torch.Tensor | None,
+        rows_R: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Write the tokens' keys and values to the pool and return logits RV, in the model's dtype.
+        """Write the tokens' keys and values to the pool and return hidden states RM for ``logits``.
 
         ``batches``: one for each of ``groups``.
-        Only ``sample_rows_R`` (indices into T; None for all) pass through what follows the last layer's
-        attention: no later token reads the rest.
+        Only ``rows_R`` (indices into T; None for all) pass through what follows the last layer's attention:
+        no later token reads the rest.
         """
         weights, eps = self._weights, self.config.rms_eps
         angles = self._cos_L1D.index_select(0, positions_T), self._sin_L1D.index_select(0, positions_T)
         residual_TM = F.embedding(token_ids_T, weights.embedding)
-        if len(token_ids_T) == 1 and sample_rows_R is None:
+        if len(token_ids_T) == 1 and rows_R is None:
             return self._decode_one(residual_TM, pool_NLCKBD, batches, *angles)
         last = len(weights.layers) - 1
         x_TM: torch.Tensor | None = None
@@ -86,14 +86,19 @@ class CudaDecoder:
             group, place = self._places[index]
             kv_NCKBD = BlockLayout.layer(pool_NLCKBD, place)
             attended_TX = self._attend(layer.qkv(normed_TM), kv_NCKBD, batches[group], *angles)
-            if index == last and sample_rows_R is not None:
-                attended_TX = attended_TX.index_select(0, sample_rows_R)
-                residual_TM = residual_TM.index_select(0, sample_rows_R)
+            if index == last and rows_R is not None:
+                attended_TX = attended_TX.index_select(0, rows_R)
+                residual_TM = residual_TM.index_select(0, rows_R)
             normed_TM = add_rms_norm(layer.o(attended_TX), residual_TM, layer.mlp_norm, eps)
             x_TM = layer.down(silu_mul(layer.gate_up(normed_TM)))
         if x_TM is None:
             raise ValueError("a decoder needs a layer")
-        return weights.lm_head(add_rms_norm(x_TM, residual_TM, weights.norm, eps))
+        return add_rms_norm(x_TM, residual_TM, weights.norm, eps)
+
+    @torch.inference_mode()
+    def logits(self, hidden_RM: torch.Tensor) -> torch.Tensor:
+        """RV, in the model's dtype: of what ``forward`` gave, or of some of its rows."""
+        return self._weights.lm_head(hidden_RM)
 
     def _decode_one(
         self,
@@ -103,7 +108,7 @@ class CudaDecoder:
         cos_11D: torch.Tensor,
         sin_11D: torch.Tensor,
     ) -> torch.Tensor:
-        """The layers and the logits 1V of a single token."""
+        """The hidden state 1M of a single token."""
         weights, eps = self._weights, self.config.rms_eps
         for index, layer in enumerate(weights.layers):
             qkv, o, gate_up, down = layer.qkv, layer.o, layer.gate_up, layer.down
@@ -114,7 +119,7 @@ class CudaDecoder:
             gemv_add(attended_1X, o.weight_OI, o.bias_O, residual_1M)
             inner_1F = gemv_gated(residual_1M, gate_up.weight_OI, gate_up.bias_O, (layer.mlp_norm, eps))
             gemv_add(inner_1F, down.weight_OI, down.bias_O, residual_1M)
-        return weights.lm_head(rms_norm(residual_1M, weights.norm, eps))
+        return rms_norm(residual_1M, weights.norm, eps)
 
     def _attend(
         self,

@@ -6,13 +6,14 @@ step reads it before anybody has looked, and to pinned memory, where the host fi
 has passed. A step of decodes alone is the replay of a CUDA graph (``cuda_graphs.py``); one with prompts in it
 is launched operation by operation, which its longer work hides.
 
-Shapes: ``S`` chunks of the step, ``T`` their packed tokens, ``R`` chunks that sample, ``X`` rows, ``L``
-positions of a row, ``M`` blocks of a row; the pool's ``NLCKBD`` stands in ``engine.memory.layout``.
+Shapes: ``S`` chunks of the step, ``T`` their packed tokens, ``R`` chunks that sample, ``P`` scored tokens of
+prompts, ``H`` hidden size, ``V`` vocabulary, ``X`` rows, ``L`` positions of a row, ``M`` blocks of a row; the
+pool's ``NLCKBD`` stands in ``engine.memory.layout``.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +29,15 @@ from tidegate.engine.model.cuda_sampling import (
     REPORT_WORDS,
     Extras,
     ExtraSampling,
+    line_words,
     parameters,
+    read_lines,
     read_reports,
+    report,
     sample_with_extras,
 )
 from tidegate.engine.model.cuda_state import PADDING_ROW, DeviceState
+from tidegate.engine.model.scoring import Scores, scores_of, slices
 from tidegate.engine.step import Chunk, DeviceLost, StepHandle, StepOutOfMemory, StepPlan, StepResult
 from tidegate.kernels.triton.attention import AttentionBatch
 from tidegate.kernels.triton.prefill_attention import PREFILL_TILE_FIELDS, prefill_tiles
@@ -43,6 +48,7 @@ from tidegate.kernels.triton.step_inputs import (
     copy_blocks,
     gather_tables,
     store_sampled,
+    store_words,
     token_inputs,
 )
 
@@ -67,12 +73,15 @@ class CudaModel(Protocol):
         positions_T: torch.Tensor,
         pool_NLCKBD: torch.Tensor,
         batches: Sequence[AttentionBatch],
-        sample_rows_R: torch.Tensor | None,
+        rows_R: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Write the tokens' KV to the pool; logits RV of the tokens ``sample_rows_R``, None for all.
+        """Write the tokens' KV to the pool; hidden states RH of the tokens ``rows_R``, None for all.
 
         ``batches``: one for each KV group.
         """
+
+    def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """RV, of any rows of hidden states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +90,23 @@ class _Part:
 
     num_samples: int
     extras: Extras | None
+    scores: Scores
 
     @property
     def report_words(self) -> int:
         return 0 if self.extras is None else self.extras.report_words
+
+    @property
+    def score_words(self) -> int:
+        return len(self.scores) * line_words(self.scores.counts_P)
+
+
+class _Places(NamedTuple):
+    """Words of the ring where a part's results go."""
+
+    samples: int
+    reports: int
+    scores: int
 
 
 @dataclass(slots=True)
@@ -94,7 +116,9 @@ class _Step:
     began: Event
     done: Event
     words: npt.NDArray[np.int32]
-    """Its part of the ring: two words a sample, and the reports from the middle on."""
+    """Its part of the ring."""
+    first: _Places
+    """Within ``words``: two words a sample, behind them reports, behind those scores of prompts."""
     first_word: int
     """Of the ring."""
     is_lost: Callable[[Exception], bool]
@@ -103,18 +127,14 @@ class _Step:
     outcome: StepResult | None = None
 
     @property
-    def _reports_from(self) -> int:
-        return 2 * (len(self.words) // (2 + REPORT_WORDS))
-
-    @property
-    def place(self) -> int:
-        """The word of the ring where the next part's samples go."""
-        return self.first_word + 2 * sum(part.num_samples for part in self.parts)
-
-    @property
-    def report_place(self) -> int:
-        """The word of the ring where the next part's reports go."""
-        return self.first_word + self._reports_from + sum(part.report_words for part in self.parts)
+    def places(self) -> _Places:
+        """Those of the next part."""
+        first, parts = self.first, self.parts
+        return _Places(
+            self.first_word + first.samples + 2 * sum(part.num_samples for part in parts),
+            self.first_word + first.reports + sum(part.report_words for part in parts),
+            self.first_word + first.scores + sum(part.score_words for part in parts),
+        )
 
     def result(self) -> StepResult:
         if self.error is None and self.outcome is None:
@@ -136,7 +156,8 @@ class _Step:
         count = sum(part.num_samples for part in self.parts)
         token_ids, finite = self.words[: 2 * count].reshape(-1, 2).T.tolist() if count else ([], [])
         logprobs: list[PositionLogprobs | None] = []
-        place = self._reports_from
+        prompt_logprobs: list[PositionLogprobs] = []
+        _, place, score_place = self.first
         for part in self.parts:
             mine = token_ids[len(logprobs) : len(logprobs) + part.num_samples]
             if part.extras is None:
@@ -144,7 +165,12 @@ class _Step:
             else:
                 logprobs += read_reports(self.words[place:], part.extras, mine)
             place += part.report_words
-        return StepResult(token_ids, [bool(flag) for flag in finite], logprobs, seconds)
+            scores = part.scores
+            prompt_logprobs += read_lines(
+                self.words[score_place:], scores.token_ids_P.tolist(), scores.counts_P
+            )
+            score_place += part.score_words
+        return StepResult(token_ids, [bool(flag) for flag in finite], logprobs, seconds, prompt_logprobs)
 
 
 class CudaRunner:
@@ -189,7 +215,9 @@ class CudaRunner:
         self._adjusted_XV: torch.Tensor | None = None
         self._graphs = DecodeGraphs(device, self.stream, max_rows)
 
-        self._ring_words = (2 + REPORT_WORDS) * max_rows
+        reports = 2 * max_rows
+        self._first = _Places(0, reports, reports + REPORT_WORDS * max_rows)
+        self._ring_words = self._first.scores + REPORT_WORDS * self._most_tokens
         self._ring = device.pinned(_STEPS * self._ring_words)
         self._ring_on_host = self._ring.numpy()
         self._events = [(device.event(), device.event()) for _ in range(_STEPS)]
@@ -207,7 +235,7 @@ class CudaRunner:
         began, done = self._events[index]
         first_word = index * self._ring_words
         words = self._ring_on_host[first_word : first_word + self._ring_words]
-        step = _Step(began, done, words, first_word, self._device.is_lost)
+        step = _Step(began, done, words, self._first, first_word, self._device.is_lost)
         try:
             if before is not None:
                 before.settle()
@@ -281,26 +309,25 @@ class CudaRunner:
         sampling = np.flatnonzero(samples_S)
         rows_R, positions_R = rows_S[sampling], (starts_S + counts_S)[sampling]
         extras = self._extras.of(rows_R, positions_R, self._state.inbox.put) if len(sampling) else None
-        place, report_place = step.place, step.report_place
+        scores = scores_of(chunks)
         if len(sampling) == counts_S.sum():
-            self._launch_decodes(rows_S, starts_S, place, extras, report_place)
+            self._launch_decodes(rows_S, starts_S, extras, step.places)
         else:
-            self._launch_chunks(rows_S, starts_S, counts_S, sampling, place, extras, report_place)
-        step.parts.append(_Part(len(sampling), extras))
+            self._launch_chunks(rows_S, starts_S, counts_S, sampling, extras, scores, step.places)
+        step.parts.append(_Part(len(sampling), extras, scores))
 
     def _launch_decodes(
         self,
         rows_S: npt.NDArray[np.int32],
         starts_S: npt.NDArray[np.int32],
-        place: int,
         extras: Extras | None,
-        report_place: int,
+        places: _Places,
     ) -> None:
         state = self._state
         size = self._graphs.bucket(len(rows_S))
         padding = size - len(rows_S)
         state.set_decodes(
-            place,
+            places.samples,
             np.pad(rows_S, (0, padding), constant_values=PADDING_ROW),
             np.pad(starts_S, (0, padding)),
         )
@@ -314,7 +341,7 @@ class CudaRunner:
             rows_R, positions_R = state.decode_rows[:size], state.decode_starts[:size]
             self.stream.launch(
                 lambda: self._sample(
-                    self._adjusted(size), rows_R, positions_R + 1, state.decode_place, extras, report_place
+                    self._adjusted(size), rows_R, positions_R + 1, state.decode_place, extras, places.reports
                 )
             )
 
@@ -328,9 +355,10 @@ class CudaRunner:
         batches = self._batches(
             inputs, size, rows_S, ends_S, width, rows_S.new_empty((0, PREFILL_TILE_FIELDS))
         )
-        logits_SV = self._model.forward(
+        hidden_SH = self._model.forward(
             inputs[0].token_ids_T, inputs[0].positions_T, self._pool_NLCKBD, batches, None
         )
+        logits_SV = self._model.logits(hidden_SH)
         if samples:
             self._sample(logits_SV, rows_S, ends_S, state.decode_place, None, 0)
         else:
@@ -381,9 +409,9 @@ class CudaRunner:
         starts_S: npt.NDArray[np.int32],
         counts_S: npt.NDArray[np.int32],
         sampling: npt.NDArray[np.int64],
-        place: int,
         extras: Extras | None,
-        report_place: int,
+        scores: Scores,
+        places: _Places,
     ) -> None:
         put = self._state.inbox.put
         ends_S = starts_S + counts_S
@@ -404,21 +432,35 @@ class CudaRunner:
         places_T = np.arange(len(query_starts_T), dtype=np.int32) - query_starts_T
         positions_T = put((starts_S.repeat(counts_S) + places_T).astype(np.int32))
         rows, ends, tiles = put(rows_S), put(ends_S), put(tiles_P5)
-        places_R = put(query_ends_S[sampling] - 1)
+        wanted = put(np.concatenate((query_ends_S[sampling] - 1, scores.rows_P)))
+        scored_P = put(scores.token_ids_P)
         rows_R, positions_R = put(rows_S[sampling]), put(ends_S[sampling])
-        place_1 = put(np.array([place], np.int32))
+        place_1 = put(np.array([places.samples], np.int32))
         self._state.inbox.send()
 
         def work() -> None:
             inputs = self._inputs(token_rows_T, positions_T)
             batches = self._batches(inputs, num_decodes, rows, ends, width, tiles)
-            logits_RV = self._model.forward(
-                inputs[0].token_ids_T, inputs[0].positions_T, self._pool_NLCKBD, batches, places_R
+            hidden_RH = self._model.forward(
+                inputs[0].token_ids_T, inputs[0].positions_T, self._pool_NLCKBD, batches, wanted
             )
-            if len(sampling):
-                self._sample(logits_RV, rows_R, positions_R, place_1, extras, report_place)
+            if count := len(sampling):
+                logits_RV = self._model.logits(hidden_RH[:count])
+                self._sample(logits_RV, rows_R, positions_R, place_1, extras, places.reports)
+            self._score(hidden_RH[len(sampling) :], scored_P, scores.counts_P, places.scores)
 
         self.stream.launch(work)
+
+    @torch.inference_mode()
+    def _score(
+        self, hidden_PH: torch.Tensor, token_ids_P: torch.Tensor, counts_P: Sequence[int], place: int
+    ) -> None:
+        """Leave the logprobs of prompts' tokens in the ring, from this word on."""
+        most, size = max(counts_P, default=0), line_words(counts_P)
+        for some in slices(len(counts_P), self._model.vocab_size):
+            logits_PV = self._model.logits(hidden_PH[some]).float()
+            report_PX = report(logits_PV, token_ids_P[some].long(), most)
+            store_words(self._ring, place + some.start * size, report_PX.reshape(-1))
 
     @torch.inference_mode()
     def _sample(
@@ -460,7 +502,8 @@ def cut(chunks: Sequence[Chunk], most: int) -> list[list[Chunk]]:
                 room = most
             count = min(left, room)
             left -= count
-            parts[-1].append(Chunk(chunk.row, start, count, chunk.samples and not left))
+            scored = chunk.scored and chunk.scored.within(start, start + count)
+            parts[-1].append(Chunk(chunk.row, start, count, chunk.samples and not left, scored))
             start += count
             room -= count
     return parts

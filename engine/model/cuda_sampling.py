@@ -8,7 +8,7 @@ rows: A penalized, P reported with logprobs; or pairs of a row and a token: B wi
 yet.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,14 +79,14 @@ class Extras:
     """``reported_P``, on the host."""
 
     @property
-    def line_words(self) -> int:
-        """Of the report of one row."""
-        return 2 + 2 * max(self.counts_P, default=0)
-
-    @property
     def report_words(self) -> int:
         """Of all rows' reports."""
-        return len(self.reported) * self.line_words
+        return len(self.reported) * line_words(self.counts_P)
+
+
+def line_words(counts_P: Sequence[int]) -> int:
+    """Of the report of one row, among others that ask for so many logprobs."""
+    return 2 + 2 * max(counts_P, default=0)
 
 
 class ExtraSampling:
@@ -195,7 +195,7 @@ def sample_with_extras(
         logits_RV.index_put_((rows_E, ids_E), logits_RV.new_full((), -torch.inf))
     token_ids_R = sample(logits_RV, rows).token_ids_R
     if raw_PV is not None and extras.reported_P is not None:
-        report_PX = _report(raw_PV, token_ids_R.index_select(0, extras.reported_P), max(extras.counts_P))
+        report_PX = report(raw_PV, token_ids_R.index_select(0, extras.reported_P), max(extras.counts_P))
         store_words(ring, report_place, report_PX.reshape(-1))
     return SampledRows(token_ids_R, finite_R)
 
@@ -222,10 +222,9 @@ def _penalize(
     return penalized_AV
 
 
-def _report(raw_PV: torch.Tensor, token_ids_P: torch.Tensor, most: int) -> torch.Tensor:
-    """Words for the host: of the chosen token and the best ones, of the unadjusted logits.
-
-    Tokens of one logit rank by their ids.
+def report(raw_PV: torch.Tensor, token_ids_P: torch.Tensor, most: int) -> torch.Tensor:
+    """Words for the host, ``line_words`` a row: of these tokens (int64) and of the best ones, by the
+    unadjusted logits in fp32. Tokens of one logit rank by their ids.
     """
     logprobs_PV = raw_PV.log_softmax(1)
     token_ids_P1 = token_ids_P[:, None]
@@ -245,17 +244,24 @@ def read_reports(
 ) -> list[PositionLogprobs | None]:
     """An entry for each row of the step, from what ``sample_with_extras`` left in the ring."""
     logprobs: list[PositionLogprobs | None] = [None] * len(token_ids)
-    most = max(extras.counts_P, default=0)
-    lines = words[: extras.report_words].reshape(-1, extras.line_words)
-    for i, count, line in zip(extras.reported, extras.counts_P, lines, strict=True):
-        chosen = Logprob(token_ids[i], float(line[:1].view(np.float32)[0]), int(line[1]))
-        ids, values = (
-            line[2 : 2 + count].tolist(),
-            line[2 + most : 2 + most + count].view(np.float32).tolist(),
-        )
+    chosen = [token_ids[i] for i in extras.reported]
+    for i, position in zip(extras.reported, read_lines(words, chosen, extras.counts_P), strict=True):
+        logprobs[i] = position
+    return logprobs
+
+
+def read_lines(
+    words: npt.NDArray[np.int32], token_ids: Sequence[int], counts: Sequence[int]
+) -> Iterator[PositionLogprobs]:
+    """What ``report`` said of these tokens."""
+    size, most = line_words(counts), max(counts, default=0)
+    lines = words[: len(token_ids) * size].reshape(-1, size)
+    for token_id, count, line in zip(token_ids, counts, lines, strict=True):
+        chosen = Logprob(token_id, float(line[:1].view(np.float32)[0]), int(line[1]))
+        ids = line[2 : 2 + count].tolist()
+        values = line[2 + most : 2 + most + count].view(np.float32).tolist()
         top = [
             Logprob(token, value, rank)
             for rank, (token, value) in enumerate(zip(ids, values, strict=True), 1)
         ]
-        logprobs[i] = PositionLogprobs(chosen, top)
-    return logprobs
+        yield PositionLogprobs(chosen, top)

@@ -33,10 +33,10 @@ class DeviceState:
     ) -> None:
         """Raises ``ValueError`` where it is more than an int32 counts."""
         width = -(-max_model_len // block_size)
-        # Of a step: five numbers a token and row at most (prefill's tiles), each twice over; and the tokens
-        # that have a bias or may not come yet.
+        # Of a step: five numbers a token and row at most (prefill's tiles), each twice over; two for each
+        # scored token of a prompt; and the tokens that have a bias or may not come yet.
         extra_words = 32 + 3 * MAX_LOGIT_BIASES + 2 * MAX_STOP_TOKEN_IDS
-        inbox_words = 16 * (max_step_tokens + max_rows) + extra_words * max_rows
+        inbox_words = 18 * (max_step_tokens + max_rows) + extra_words * max_rows
         sizes = [
             max_rows * max_model_len,
             num_groups * max_rows * width,

@@ -53,6 +53,7 @@ class Decoder:
         self.config = config
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
+        self.vocab_size = config.vocab_size
         self.groups = group_layers(config.windows)
         self._places = places_of(self.groups)
         self._weights = weights
@@ -78,13 +79,13 @@ class Decoder:
         positions_T: torch.Tensor,
         pool_NLCKBD: torch.Tensor,
         batches: Sequence[AttentionBatch],
-        sample_rows_R: torch.Tensor,
+        rows_R: torch.Tensor,
     ) -> torch.Tensor:
-        """Write the tokens' keys and values to the pool and return logits RV, in the model's dtype.
+        """Write the tokens' keys and values to the pool and return hidden states RM for ``logits``.
 
         ``batches``: one for each of ``groups``, with its block tables and its window.
-        Only ``sample_rows_R`` (indices into T) pass through what follows the last layer's attention: no
-        later token reads the rest.
+        Only ``rows_R`` (indices into T) pass through what follows the last layer's attention: no later token
+        reads the rest.
         """
         torch.set_num_threads(threads_for(self.config, len(token_ids_T), self._cores))
         weights, operations = self._weights, self.operations
@@ -97,9 +98,14 @@ class Decoder:
             group, place = self._places[index]
             attended_TY = attends[group](layer.qkv(normed_TM), kv_LNCKBD[place])
             if index == last:
-                x_TM = x_TM.index_select(0, sample_rows_R)
-                attended_TY = attended_TY.index_select(0, sample_rows_R)
+                x_TM = x_TM.index_select(0, rows_R)
+                attended_TY = attended_TY.index_select(0, rows_R)
             x_TM, normed_TM = operations.add_norm(x_TM, layer.o(attended_TY), layer.mlp_norm)
             delta_TM = layer.down(operations.silu_mul(layer.gate_up(normed_TM)))
         _, normed_RM = operations.add_norm(x_TM, delta_TM, weights.norm)
-        return weights.lm_head(normed_RM)
+        return normed_RM
+
+    @torch.inference_mode()
+    def logits(self, hidden_RM: torch.Tensor) -> torch.Tensor:
+        """RV, in the model's dtype: of what ``forward`` gave, or of some of its rows."""
+        return self._weights.lm_head(hidden_RM)

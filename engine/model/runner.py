@@ -4,8 +4,9 @@ With ``depth`` 2 steps run one after the other on a thread of their own, so that
 planned meanwhile; a step reads the tokens that the one before it sampled from the row, where no one has
 had to look at them in between.
 
-Shapes: ``S`` chunks of the step, ``T`` their packed tokens, ``R`` chunks that sample, ``V`` vocabulary,
-``G`` KV groups, ``X`` rows, ``M`` blocks of a row; the pool's ``NLCKBD`` stands in ``engine.memory.layout``.
+Shapes: ``S`` chunks of the step, ``T`` their packed tokens, ``R`` chunks that sample, ``P`` scored tokens of
+prompts, ``H`` hidden size, ``V`` vocabulary, ``G`` KV groups, ``X`` rows, ``M`` blocks of a row; the pool's
+``NLCKBD`` stands in ``engine.memory.layout``.
 """
 
 import time
@@ -19,7 +20,9 @@ import torch
 from tidegate.engine import failpoints
 from tidegate.engine.memory.groups import FULL_ATTENTION, KVGroup
 from tidegate.engine.memory.layout import BlockLayout
-from tidegate.engine.model.sampler import Argmax, Sampler, torch_argmax
+from tidegate.engine.messages import PositionLogprobs
+from tidegate.engine.model.sampler import Argmax, Sampler, position_logprobs, torch_argmax
+from tidegate.engine.model.scoring import Scores, scores_of, slices
 from tidegate.engine.step import StepHandle, StepPlan, StepResult
 from tidegate.kernels.attention import AttentionBatch
 
@@ -27,18 +30,23 @@ from tidegate.kernels.attention import AttentionBatch
 class Model(Protocol):
     """What the runner needs of a decoder."""
 
+    vocab_size: int
+
     def forward(
         self,
         token_ids_T: torch.Tensor,
         positions_T: torch.Tensor,
         pool_NLCKBD: torch.Tensor,
         batches: Sequence[AttentionBatch],
-        sample_rows_R: torch.Tensor,
+        rows_R: torch.Tensor,
     ) -> torch.Tensor:
-        """Write the tokens' KV to the pool; logits RV of the tokens ``sample_rows_R``, which may be none.
+        """Write the tokens' KV to the pool; hidden states RH of the tokens ``rows_R``, which may be none.
 
         ``batches``: one for each KV group.
         """
+
+    def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """RV, of any rows of hidden states."""
 
 
 class ModelRunner:
@@ -113,24 +121,39 @@ class ModelRunner:
         token_ids_T = self._tokens[rows_S.repeat(counts_S), positions_T.numpy()]
         if failpoints.ARMED:
             failpoints.reach("step", token_ids_T.tolist())
-        sampling = np.flatnonzero(samples_S)
-        logits_RV = self._model.forward(
+        sampling, scores = np.flatnonzero(samples_S), scores_of(plan.chunks)
+        hidden_RH = self._model.forward(
             torch.from_numpy(token_ids_T.astype(np.int64)),
             positions_T,
             self._pool_NLCKBD,
             batches,
-            torch.from_numpy(query_ends_S[sampling] - 1),
+            torch.from_numpy(np.concatenate((query_ends_S[sampling] - 1, scores.rows_P))),
         )
+        prompt_logprobs = self._score(hidden_RH[len(sampling) :], scores)
         if not len(sampling):
-            return StepResult([], [], [], time.perf_counter() - began)
+            return StepResult([], [], [], time.perf_counter() - began, prompt_logprobs)
 
+        logits_RV = self._model.logits(hidden_RH[: len(sampling)])
         rows_R, positions_R = rows_S[sampling], ends_S[sampling]
         sampled = self._sampler.sample(logits_RV, rows_R, positions_R, self._tokens)
         fits = positions_R < self._tokens.shape[1]
         self._tokens[rows_R[fits], positions_R[fits]] = sampled.token_ids[fits]
         return StepResult(
-            sampled.token_ids.tolist(), sampled.finite.tolist(), sampled.logprobs, time.perf_counter() - began
+            sampled.token_ids.tolist(),
+            sampled.finite.tolist(),
+            sampled.logprobs,
+            time.perf_counter() - began,
+            prompt_logprobs,
         )
+
+    @torch.inference_mode()
+    def _score(self, hidden_PH: torch.Tensor, scores: Scores) -> list[PositionLogprobs]:
+        found: list[PositionLogprobs] = []
+        for some in slices(len(scores), self._model.vocab_size):
+            logits_PV = self._model.logits(hidden_PH[some]).float()
+            token_ids, counts = scores.token_ids_P[some].tolist(), scores.counts_P[some]
+            found += map(position_logprobs, logits_PV, token_ids, counts)
+        return found
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         for source, target in plan.block_copies:

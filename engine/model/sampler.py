@@ -156,7 +156,7 @@ class Sampler:
 
         logprobs: list[PositionLogprobs | None] = [None] * len(rows_R)
         for i, raw_V in zip(reported.tolist(), raw_LV, strict=True):
-            logprobs[i] = _logprobs(raw_V, int(token_ids_R[i]), int(parameters_R["logprobs"][i]))
+            logprobs[i] = position_logprobs(raw_V, int(token_ids_R[i]), int(parameters_R["logprobs"][i]))
         return Sampled(token_ids_R, finite_R, logprobs)
 
     def _adjust(
@@ -294,8 +294,11 @@ def _rank_cuts(scores_FV: torch.Tensor, top_k_F: torch.Tensor, top_p_F: torch.Te
     return cuts_F
 
 
-def _logprobs(raw_V: torch.Tensor, token_id: int, count: int) -> PositionLogprobs:
-    """Of the unadjusted logits. Tokens of one logit rank by their ids."""
+def position_logprobs(raw_V: torch.Tensor, token_id: int, count: int) -> PositionLogprobs:
+    """Of a token and of the ``count`` most likely ones, by the unadjusted logits in fp32.
+
+    Tokens of one logit rank by their ids.
+    """
     logprobs_V = raw_V.log_softmax(0)
     chosen = logprobs_V[token_id]
     rank = 1 + int((logprobs_V > chosen).sum()) + int((logprobs_V[:token_id] == chosen).sum())

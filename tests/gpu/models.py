@@ -218,7 +218,7 @@ def _our_logits(
         kv = BlockLayout.layer(pool, 0)
         batch = AttentionBatch.build(decodes, [0, end - start], [end], table_1M, kv, heads)
         ids = tokens_T[start:end].to(device.torch_device)
-        return decoder.forward(ids, batch.positions_T, pool, [batch], None)
+        return decoder.logits(decoder.forward(ids, batch.positions_T, pool, [batch], None))
 
     prefill_TV = step(0, count)
     pool.fill_(torch.nan)

@@ -61,13 +61,14 @@ class Paged:
             for first, group in zip(self.firsts, self.decoder.groups, strict=True)
         ]
         sampled = range(starts[-1]) if every_row else [end - 1 for end in starts[1:]]
-        return self.decoder.forward(
+        hidden = self.decoder.forward(
             torch.cat([tokens for _, tokens in chunks]),
             torch.tensor(positions),
             self.pool,
             batches,
             torch.tensor(list(sampled), dtype=torch.int64),
         )
+        return self.decoder.logits(hidden)
 
 
 def reference(folder: Path, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from tidegate.engine.config import EngineConfig
 from tidegate.engine.core import EngineCore
-from tidegate.engine.messages import Finished, StepOutput, Submit
+from tidegate.engine.messages import Finished, PositionLogprobs, StepOutput, Submit
 from tidegate.engine.request import Request, SamplingParams
 
 Hook = Callable[[EngineCore, int], None]
@@ -17,10 +17,17 @@ class Outcome:
 
     def __init__(self) -> None:
         self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.prompt_logprobs: dict[str, list[PositionLogprobs]] = {}
+        """By request, of its prompt's tokens from the second on."""
         self.finished: dict[tuple[str, int], Finished] = {}
 
     def take(self, out: StepOutput) -> None:
         assert not out.refused, out.refused
+        for scored in out.prompt_logprobs:
+            known = self.prompt_logprobs.setdefault(scored.request_id, [])
+            assert scored.offset == 1 + len(known), "logprobs of a prompt left out, or told twice"
+            assert not any(name == scored.request_id for name, _ in self.tokens), "told behind the output"
+            known.extend(scored.positions)
         for delta in out.deltas:
             tokens = self.tokens.setdefault((delta.request_id, delta.choice), [])
             assert delta.offset == len(tokens), "a gap, or tokens twice"

@@ -108,7 +108,7 @@ class FakeCore:
         self.closed = True
 
     def step(self) -> StepOutput:
-        output = StepOutput([], [], [], [], [])
+        output = StepOutput()
         commands, self._commands = self._commands, []
         for command in commands:
             self._apply(command, output)

@@ -193,7 +193,7 @@ class FakeEngine:
             await self._work.wait()
             self._work.clear()
             await asyncio.sleep(self.step_seconds)
-            output = StepOutput([], [], [], [], [])
+            output = StepOutput()
             self._step += 1
             due = [command for step, command in self._pending if step < self._step]
             self._pending = [(step, command) for step, command in self._pending if step >= self._step]

@@ -99,7 +99,7 @@ class TimedCore:
         pass
 
     def step(self) -> StepOutput:
-        output = StepOutput([], [], [], [], [])
+        output = StepOutput()
         for command in self._commands:
             self._obey(command, output)
         self._commands.clear()

@@ -27,6 +27,8 @@ class TinyModel:
 
     layout = BlockLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_size=BLOCK, dtype=torch.float32)
 
+    vocab_size = VOCAB
+
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
         self.token_qkv = torch.randn(VOCAB, 8, 16, generator=generator)
@@ -41,7 +43,7 @@ class TinyModel:
         positions_T: torch.Tensor,
         pool_NLCKBD: torch.Tensor,
         batches: Sequence[AttentionBatch],
-        sample_rows_R: torch.Tensor,
+        rows_R: torch.Tensor,
     ) -> torch.Tensor:
         if self.release is not None:
             assert self.release.wait(10)
@@ -52,7 +54,10 @@ class TinyModel:
         qkv = self.token_qkv[token_ids_T] + self.place_qkv[positions_T]
         kv = BlockLayout.layer(pool_NLCKBD, 1)
         write_kv(qkv[:, 4:6], qkv[:, 6:], kv, batch)
-        return paged_attention(qkv[:, :4], kv, batch, 0.25)[sample_rows_R].flatten(1) @ self.head
+        return paged_attention(qkv[:, :4], kv, batch, 0.25)[rows_R].flatten(1)
+
+    def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        return hidden_RH @ self.head
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def logits(decoder: Decoder) -> torch.Tensor:
         0, [0, 5], [5], torch.zeros(1, 1, dtype=torch.int32), BlockLayout.layer(pool, 0)
     )
     rows = torch.arange(5)
-    return decoder.forward(torch.tensor([7, 3, 250, 9, 9]), rows, pool, [batch], rows)
+    return decoder.logits(decoder.forward(torch.tensor([7, 3, 250, 9, 9]), rows, pool, [batch], rows))
 
 
 def refusal(folder: Path) -> str:

@@ -5,6 +5,7 @@ Its tokens are those of the CPU's engine, whatever the order in which the device
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tidegate.engine import cuda
 from tidegate.engine.build import build_engine, compose
 from tidegate.engine.config import ConfigError
 from tidegate.engine.core import EngineCore
+from tidegate.engine.messages import PositionLogprobs
 from tidegate.engine.model import cuda_runner
 from tidegate.engine.model.cuda_decoder import CudaDecoder
 from tidegate.engine.model.cuda_inbox import Inbox
@@ -58,7 +60,7 @@ def requests() -> list[Request]:
             logit_bias={12: 5.0},
         ),
         SamplingParams(top_k=9, presence_penalty=0.5, frequency_penalty=0.3, max_tokens=5),
-        greedy,
+        msgspec.structs.replace(greedy, prompt_logprobs=2),
     ]
     prompts = [[9, 8, 7], prefix, [*prefix, 33, 44], [3], [*prefix, 33, 44, 55]]
     pairs = zip(prompts, asks, strict=True)
@@ -89,12 +91,16 @@ def test_its_tokens_are_those_of_the_cpu(folder, seed):
     core.close()
     assert got.tokens == expected.tokens
     assert swapped > 0
+    assert_same_scores(got.prompt_logprobs["r4"], expected.prompt_logprobs["r4"])
 
 
-def tokens_of(core: EngineCore) -> dict[tuple[str, int], list[int]]:
-    tokens = drive(core, requests()[1:3]).tokens
-    core.close()
-    return tokens
+def assert_same_scores(got: list[PositionLogprobs], expected: list[PositionLogprobs]) -> None:
+    assert len(got) == len(expected) > 0
+    for ours, theirs in zip(got, expected, strict=True):
+        pairs = zip([ours.chosen, *ours.top], [theirs.chosen, *theirs.top], strict=True)
+        for one, other in pairs:
+            assert (one.token_id, one.rank) == (other.token_id, other.rank)
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
 def test_a_result_read_before_its_step_has_ended_is_caught(folder, monkeypatch):
@@ -175,7 +181,9 @@ def test_windows_in_some_layers_have_block_tables_of_their_own(tmp_path):
 
 def test_steps_that_find_no_memory_are_cut_until_they_do(folder, monkeypatch):
     """The tokens stay the same; a step of one token that finds none is its sequence's own fault."""
-    expected = tokens_of(cuda_engine(folder, FakeCuda(0), **OPTIONS))
+    core = cuda_engine(folder, FakeCuda(0), **OPTIONS)
+    expected = drive(core, requests()[3:])
+    core.close()
     forward = CudaDecoder.forward
 
     def scarce(self, token_ids_T, *arguments):
@@ -184,7 +192,11 @@ def test_steps_that_find_no_memory_are_cut_until_they_do(folder, monkeypatch):
         return forward(self, token_ids_T, *arguments)
 
     monkeypatch.setattr(CudaDecoder, "forward", scarce)
-    assert tokens_of(cuda_engine(folder, FakeCuda(0, eager=True), **OPTIONS)) == expected
+    core = cuda_engine(folder, FakeCuda(0, eager=True), **OPTIONS)
+    got = drive(core, requests()[3:])
+    core.close()
+    assert got.tokens == expected.tokens
+    assert_same_scores(got.prompt_logprobs["r4"], expected.prompt_logprobs["r4"])
 
     def none_at_all(self, token_ids_T, *arguments):
         raise torch.OutOfMemoryError("planted")
