@@ -15,8 +15,10 @@ from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tidegate.engine import text_stream
 from tidegate.engine.client import EngineGone
 from tidegate.engine.config import ConfigError, EngineConfig
+from tidegate.engine.text import Text
 from tidegate.service.config import ServerConfig
 from tidegate.service.listener import open_listener
 from tidegate.v1 import control_pb2, inference_pb2, session_pb2
@@ -89,16 +91,16 @@ async def test_an_unexpected_fault_is_internal_and_leaks_nothing(
 async def test_a_fault_in_one_requests_output_leaves_the_others(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detokenizer = front.text.detokenizer
+    detokenizer = text_stream.detokenizer
     made: list[Any] = []
 
-    def broken_once(skip_special_tokens: bool) -> Any:
-        made.append(detokenizer(skip_special_tokens))
+    def broken_once(text: Text, skip_special_tokens: bool) -> Any:
+        made.append(detokenizer(text, skip_special_tokens))
         if len(made) == 1:
             monkeypatch.setattr(made[0], "push", lambda token_id: 1 / 0)
         return made[-1]
 
-    monkeypatch.setattr(front.text, "detokenizer", broken_once)
+    monkeypatch.setattr(text_stream, "detokenizer", broken_once)
     session = await open_session(front)
     for request_id in ("broken", "whole"):
         start = {"request_id": request_id, "prompt": {"text": "x"}, "sampling": {"max_tokens": 5}}
