@@ -21,6 +21,7 @@ class Allowance:
         "_engine_id",
         "_is_over",
         "_limit",
+        "_prompt_bytes",
         "_send",
         "_share",
         "_token_bytes",
@@ -51,6 +52,7 @@ class Allowance:
         self._engine_id: str | None = None
         """None where nobody is to be told: before the engine knows the request, and behind its end."""
         self._is_over = False
+        self._prompt_bytes = 0
 
     def begin(self, choices: Sequence[Choice], num_given: int, max_tokens: int | None) -> int | None:
         """The content is known: how far the choices may generate at first. None is without limit."""
@@ -93,6 +95,12 @@ class Allowance:
         if num_tokens and self._share is not None:
             self._share.give_back(num_tokens)
 
+    def hold_prompt(self, size: int) -> None:
+        """So many bytes of the prompt's logprobs are kept by now."""
+        self._prompt_bytes = size
+        if self._share is not None:
+            self._share.hold_prompt(size)
+
     def give_back_unused(self, choice: Choice) -> None:
         """A choice ends here, though it might have gone on."""
         if self._share is not None and self._limit is not None:
@@ -105,6 +113,7 @@ class Allowance:
             self._share = None
         if pool is not None:
             self._share = Share(pool, self._token_bytes, sum(map(self._held, self._choices)), self.ask)
+            self._share.hold_prompt(self._prompt_bytes)
 
     # What it is.
 

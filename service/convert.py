@@ -69,6 +69,14 @@ def position_logprobs(position: messages.PositionLogprobs) -> events_pb2.Positio
     return events_pb2.PositionLogprobs(chosen=_logprob(position.chosen), top=map(_logprob, position.top))
 
 
+def prompt_logprobs(event: events.PromptLogprobs) -> events_pb2.PromptLogprobs:
+    return events_pb2.PromptLogprobs(
+        request_id=event.request_id,
+        offset=event.offset,
+        positions=map(position_logprobs, event.positions),
+    )
+
+
 def progress(event: events.Progress) -> events_pb2.Progress:
     return events_pb2.Progress(
         request_id=event.request_id, choice=event.choice, kind=PROGRESS_KINDS[event.kind]

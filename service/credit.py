@@ -80,7 +80,7 @@ class Pool:
 class Share:
     """One request's part of the room of its session."""
 
-    __slots__ = ("_pool", "_token_bytes", "choices", "held", "is_waiting", "on_room")
+    __slots__ = ("_pool", "_token_bytes", "choices", "held", "is_waiting", "on_room", "prompt_bytes")
 
     def __init__(self, pool: Pool, token_bytes: int, held: int, on_room: Callable[[], None]) -> None:
         """``held``: tokens that it has of old, from another session. ``on_room`` asks again."""
@@ -90,6 +90,8 @@ class Share:
         """Tokens that are not acknowledged or may still come."""
         self.on_room = on_room
         self.is_waiting = False
+        self.prompt_bytes = 0
+        """Of its prompt's logprobs, which come unasked: they may exceed the cap, and then all wait."""
         self._token_bytes = token_bytes
         self._pool = pool
         pool._num_shares += 1
@@ -133,6 +135,12 @@ class Share:
             pool._allotted -= tokens
         pool._serve()
 
+    def hold_prompt(self, size: int) -> None:
+        """The logprobs of its prompt that are kept take so many bytes by now."""
+        self._pool.used += size - self.prompt_bytes
+        self.prompt_bytes = size
+        self._pool._serve()
+
     def leave(self) -> None:
         """The request needs no room of this session any more."""
         pool = self._pool
@@ -140,4 +148,5 @@ class Share:
         if self.is_waiting:
             pool._waiting.remove(self)
             self.is_waiting = False
+        self.hold_prompt(0)
         self.give_back(self.held)

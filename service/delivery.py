@@ -8,7 +8,7 @@ import asyncio
 from typing import Protocol
 
 from tidegate.service.errors import Failure
-from tidegate.service.events import Delta, Event, Notice
+from tidegate.service.events import Delta, Event, Notice, PromptLogprobs
 
 BATCH_TOKENS = 2048
 """Of one message, a reported alternative counted as one: about 16 KB."""
@@ -36,6 +36,10 @@ class Flush:
         if self._passed_on is None:
             self._passed_on = {(delta.request_id, delta.choice): delta for delta in self.deltas}
         return self._passed_on.get((request_id, choice))
+
+    def add_prompt(self, part: PromptLogprobs) -> None:
+        self.room -= part.weight
+        self.before.append(part)
 
     def add(self, delta: Delta) -> None:
         self.room -= delta.weight

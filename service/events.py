@@ -58,6 +58,20 @@ class Delta(msgspec.Struct, gc=False):
 
 
 @dataclass(slots=True)
+class PromptLogprobs:
+    """Some of the prompt's; ``offset`` is the prompt offset of the first one's token."""
+
+    request_id: str
+    offset: int
+    positions: list[PositionLogprobs]
+
+    @property
+    def weight(self) -> int:
+        """Its part of a message's size, in tokens."""
+        return len(self.positions) + sum(len(position.top) for position in self.positions)
+
+
+@dataclass(slots=True)
 class Progress:
     request_id: str
     choice: int
@@ -130,6 +144,6 @@ class Heartbeat:
     """Nothing happened for a while: say so, since proxies cut idle streams."""
 
 
-Notice = Admitted | Progress | Finished | Failed | CommandRejected | GoAway | Heartbeat
+Notice = Admitted | PromptLogprobs | Progress | Finished | Failed | CommandRejected | GoAway | Heartbeat
 Event = Notice | list[Delta]
 """The deltas of a list name each choice once."""

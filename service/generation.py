@@ -167,13 +167,16 @@ class Generation:
         """Output tokens of a choice before this offset were written to the client's stream."""
         choice = self._output.choices[choice_index]
         choice.delivered = max(choice.delivered, upto)
+        if upto > choice.num_given:
+            self._forget_prompt_logprobs()
         self._allowance.delivered(choice)
 
     def ack(self, choice_index: int, upto: int) -> None:
         """The client holds the output tokens of a choice before this offset."""
         choices = self._output.choices
-        if choice_index < len(choices):
-            self._allowance.acknowledged(choices[choice_index].ack(upto))
+        if choice_index < len(choices) and (newly := choices[choice_index].ack(upto)):
+            self._allowance.acknowledged(newly)
+            self._forget_prompt_logprobs()
 
     @property
     def params(self) -> SamplingParams | None:
@@ -241,7 +244,12 @@ class Generation:
         running = {
             choice.index: list(choice.token_ids) for choice in self._output.choices if choice.end is None
         }
-        return replace(self._request, emit_upto=self._allowance.renew(), choices=running)
+        return replace(
+            self._request,
+            emit_upto=self._allowance.renew(),
+            choices=running,
+            num_scored=self._output.prompt.num_known,
+        )
 
     def on_recovered(self) -> None:
         """Another engine goes on with it."""
@@ -263,8 +271,8 @@ class Generation:
 
     @property
     def log_bytes(self) -> int:
-        """What the logs of all choices take."""
-        return sum(choice.log_bytes for choice in self._output.choices)
+        """What the logs of the prompt and of all choices take."""
+        return self._output.prompt.size + sum(choice.log_bytes for choice in self._output.choices)
 
     @property
     def is_being_told(self) -> bool:
@@ -332,6 +340,16 @@ class Generation:
             )
         )
 
+    def on_prompt_logprobs(self, scored: messages.PromptLogprobs) -> None:
+        if self.is_ended:
+            return
+        prompt = self._output.prompt
+        if scored.offset != prompt.next_offset:
+            self.fail(Failure("TOKENS_OUT_OF_ORDER", "the engine skipped or repeated a token"))
+            return
+        self._output.push_prompt(scored.positions)
+        self._allowance.hold_prompt(prompt.size)
+
     def on_delta(self, delta: messages.Delta, reason: FinishReason | None, now: float) -> None:
         """``reason``: why the engine ended the choice behind these tokens, where it did so in this step.
         ``now``: when the step arrived.
@@ -377,6 +395,12 @@ class Generation:
             self._finish()
 
     # Inside.
+
+    def _forget_prompt_logprobs(self) -> None:
+        """The client holds output, which comes behind all of them."""
+        if self._output.prompt.size:
+            self._output.prompt.forget()
+            self._allowance.hold_prompt(0)
 
     def _stop(self, reason: FinishReason) -> None:
         """End all choices that still run, and the request with them, without waiting for the engine.

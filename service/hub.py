@@ -328,6 +328,9 @@ class Hub:
                 self.admission.admit(self._tickets[generation])
                 generation.on_admitted(admitted)
                 self.observer.on_admitted(generation)
+        for scored in output.prompt_logprobs:
+            if generation := self._submitted.get(scored.request_id):
+                generation.on_prompt_logprobs(scored)
         self._apply_deltas(output)
         # Of the stalls of those that are tried alone, nobody needs to hear.
         for progress in output.progress if self._is_told else ():

@@ -86,6 +86,8 @@ def _response(event: events.Event) -> inference_pb2.GenerateResponse:
             return response
         case events.Admitted():
             return inference_pb2.GenerateResponse(admitted=convert.admitted(event))
+        case events.PromptLogprobs():
+            return inference_pb2.GenerateResponse(prompt_logprobs=convert.prompt_logprobs(event))
         case events.Progress():
             return inference_pb2.GenerateResponse(progress=convert.progress(event))
         case events.Finished():
@@ -109,6 +111,8 @@ async def _collect(delivery: Delivery) -> inference_pb2.GenerateUnaryResponse:
                             whole[delta.choice] = delta
                 case events.Admitted():
                     response.admitted.CopyFrom(convert.admitted(event))
+                case events.PromptLogprobs():
+                    response.prompt_logprobs.extend(map(convert.position_logprobs, event.positions))
                 case events.Finished():
                     response.finished.CopyFrom(convert.finished(event))
                     response.completions.extend(

@@ -31,6 +31,9 @@ MAX_CHAT_PARTS = 2**14
 MAX_PROMPT_CHARS = 2**22
 """Text beyond any model's context; to tokenize it takes a hundred times its size in memory."""
 
+MAX_UNARY_PROMPT_LOGPROBS = 2**17
+"""Of an answer in one message: some 2 MB, where a client's gRPC takes 4 MB by default."""
+
 RequestMessage = session_pb2.Start | inference_pb2.GenerateRequest | inference_pb2.GenerateUnaryRequest
 """The messages that start a request; they share the names of their fields."""
 
@@ -49,12 +52,12 @@ SCALARS = (
     "include_stop",
     "ignore_eos",
     "logprobs",
+    "prompt_logprobs",
     "skip_special_tokens",
 )
 """Sampling fields with explicit presence, named alike on both sides; absent ones keep our default."""
 
 NOT_YET_SUPPORTED = (
-    "prompt_logprobs",
     "allowed_token_ids",
     "bad_words",
     "structured_output",
@@ -275,6 +278,11 @@ class Intake:
         max_tokens = message.sampling.max_tokens
         if not message.sampling.HasField("max_tokens"):
             max_tokens = len(message.generated_token_ids) + 1
+        if isinstance(message, inference_pb2.GenerateUnaryRequest):
+            count = prompt_tokens * (1 + message.sampling.prompt_logprobs)
+            if message.sampling.HasField("prompt_logprobs") and count > MAX_UNARY_PROMPT_LOGPROBS:
+                text = f"{count} of them are too many for one answer: use Generate, or ask for fewer"
+                return [Violation("sampling.prompt_logprobs", text)]
         if prompt_tokens + max_tokens <= longest:
             return []
         field = "sampling.max_tokens" if prompt_tokens < longest else "prompt"

@@ -1,18 +1,20 @@
 """All output of one request, and the stream that listens: what it is given, in which order.
 
-First that the request was admitted, then what its choices say, then its end. Of the request's life this
-room knows nothing: a stream may come, leave and come back at any time, behind the end too.
+First that the request was admitted, then the logprobs of its prompt, then what its choices say, then its
+end. Of the request's life this room knows nothing: a stream may come, leave and come back at any time,
+behind the end too.
 """
 
 from collections.abc import Mapping
 
 from tidegate.engine import messages
-from tidegate.engine.messages import ProgressKind
+from tidegate.engine.messages import PositionLogprobs, ProgressKind
 from tidegate.engine.request import FinishReason
 from tidegate.engine.text_stream import StopMatch
 from tidegate.service.choice import Choice
 from tidegate.service.delivery import BATCH_TOKENS, WAITING_CHARS, Delivery, Flush
 from tidegate.service.events import Admitted, Delta, Failed, Finished, Progress
+from tidegate.service.prompt_log import PromptLog
 
 
 class Output:
@@ -27,11 +29,13 @@ class Output:
         "choices",
         "is_marked",
         "listener",
+        "prompt",
     )
 
     def __init__(self, request_id: str) -> None:
         self.choices: list[Choice] = []
         """Empty until the request's content is known."""
+        self.prompt = PromptLog(request_id)
         self.listener: Delivery | None = None
         self.is_marked = False
         self._request_id = request_id
@@ -59,6 +63,8 @@ class Output:
         self._admitted_is_sent = self._end_is_sent = False
         for choice in self.choices:
             choice.rewind(next_offsets.get(choice.index))
+        # Output comes behind all of them.
+        self.prompt.rewind(is_held=any(choice.sent > choice.num_given for choice in self.choices))
         self.mark()
 
     def mark(self) -> None:
@@ -75,6 +81,11 @@ class Output:
 
     def admitted(self, admitted: Admitted) -> None:
         self._admitted = admitted
+        self.mark()
+
+    def push_prompt(self, positions: list[PositionLogprobs]) -> None:
+        """Take the next logprobs of the prompt."""
+        self.prompt.push(positions)
         self.mark()
 
     def push(self, choice: Choice, delta: messages.Delta, reason: FinishReason | None) -> StopMatch | None:
@@ -134,6 +145,12 @@ class Output:
         if self._admitted is not None and not self._admitted_is_sent:
             self._admitted_is_sent = True
             flush.before.append(self._admitted)
+        if self.prompt.has_news:
+            flush.add_prompt(self.prompt.take(flush.room))
+            if self.prompt.has_news:
+                # Output comes behind them, in another message.
+                self.mark()
+                return
         has_more = False
         for choice in self.choices:
             behind: list[Progress] = []

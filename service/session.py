@@ -341,6 +341,8 @@ class Session:
                 return response
             case events.Admitted():
                 return SessionResponse(admitted=convert.admitted(event))
+            case events.PromptLogprobs():
+                return SessionResponse(prompt_logprobs=convert.prompt_logprobs(event))
             case events.Progress():
                 return SessionResponse(progress=convert.progress(event))
             case events.Finished():

@@ -43,6 +43,7 @@ class Sampling(TypedDict, total=False):
     include_stop: bool
     ignore_eos: bool
     logprobs: int
+    prompt_logprobs: int
     logit_bias: Mapping[int, float]
     """By token id."""
     skip_special_tokens: bool
@@ -89,6 +90,15 @@ class Admitted:
     seed: int
     prompt_token_ids: tuple[int, ...]
     """Empty unless they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Some logprobs of the prompt, before any output."""
+
+    offset: int
+    """Prompt offset of the first one's token."""
+    positions: tuple[PositionLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +172,7 @@ class Finished:
         return self.choices[0].reason
 
 
-Event = Admitted | Chunk | Progress | Finished
+Event = Admitted | PromptLogprobs | Chunk | Progress | Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +193,8 @@ class Response:
     admitted: Admitted
     completions: tuple[Completion, ...]
     finished: Finished
+    prompt_logprobs: tuple[PositionLogprobs, ...]
+    """Of the prompt's tokens from the second one on, where they were asked for."""
 
     @property
     def text(self) -> str:
@@ -268,6 +280,10 @@ def chunk_event(message: events_pb2.Delta) -> Chunk:
     )
 
 
+def prompt_logprobs_event(message: events_pb2.PromptLogprobs) -> PromptLogprobs:
+    return PromptLogprobs(offset=message.offset, positions=_logprobs(message.positions))
+
+
 def progress_event(message: events_pb2.Progress) -> Progress:
     return Progress(choice=message.choice, kind=_word(_PROGRESS_KINDS, message.kind, "PROGRESS_KIND_"))
 
@@ -314,6 +330,7 @@ def response(message: inference_pb2.GenerateUnaryResponse) -> Response:
             for completion in message.completions
         ),
         finished=finished_event(message.finished),
+        prompt_logprobs=_logprobs(message.prompt_logprobs),
     )
 
 

@@ -395,6 +395,9 @@ class Session:
                 self.send(session_pb2.SessionRequest(cancel=cancel))
             case "admitted":
                 self._arrive(response.admitted.request_id, messages.admitted_event(response.admitted))
+            case "prompt_logprobs":
+                scored = response.prompt_logprobs
+                self._arrive(scored.request_id, messages.prompt_logprobs_event(scored))
             case "progress":
                 self._arrive(response.progress.request_id, messages.progress_event(response.progress))
             case "finished":

@@ -5,14 +5,21 @@ import dataclasses
 import math
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import grpc
 
 from tidegate.service.client import messages
 from tidegate.service.client.errors import ServerFault, TidegateError, Unavailable
-from tidegate.service.client.messages import Admitted, Chunk, Event, Finished
+from tidegate.service.client.messages import (
+    Admitted,
+    Chunk,
+    Event,
+    Finished,
+    PositionLogprobs,
+    PromptLogprobs,
+)
 from tidegate.service.client.retry import Attempts
 from tidegate.service.client.stream import Stream
 from tidegate.v1 import prompt_pb2, session_pb2
@@ -174,6 +181,9 @@ class SessionStream(Stream):
                 start.lease.CopyFrom(command.lease)
         if self.admitted is not None:
             start.sampling.seed = self.admitted.seed
+        if self.has_tokens:
+            # They came before the first of them.
+            start.sampling.ClearField("prompt_logprobs")
         if len(self._held) == 1:
             del start.generated_token_ids[:]
             start.generated_token_ids.extend(self._held[0].token_ids)
@@ -199,6 +209,12 @@ class SessionStream(Stream):
             if rest is None:
                 return size
             event = rest
+        elif isinstance(event, PromptLogprobs):
+            size = self._logprobs_size(event.positions)
+            unheard = self._unheard(event)
+            if unheard is None:
+                return size
+            event = unheard
         elif isinstance(event, Admitted):
             if self.admitted is not None:
                 return 0  # said again to another connection, or by another server
@@ -284,10 +300,11 @@ class SessionStream(Stream):
         )
         return rest if rest.token_ids or rest.text or held.ended else None
 
+    @classmethod
+    def _size(cls, chunk: Chunk) -> int:
+        return TOKEN_BYTES * len(chunk.token_ids) + cls._logprobs_size(chunk.logprobs)
+
     @staticmethod
-    def _size(chunk: Chunk) -> int:
-        size = TOKEN_BYTES * len(chunk.token_ids)
-        if chunk.logprobs:
-            alternatives = sum(1 + len(position.top) for position in chunk.logprobs)
-            size += POSITION_BYTES * len(chunk.logprobs) + LOGPROB_BYTES * alternatives
-        return size
+    def _logprobs_size(positions: Sequence[PositionLogprobs]) -> int:
+        alternatives = sum(1 + len(position.top) for position in positions)
+        return POSITION_BYTES * len(positions) + LOGPROB_BYTES * alternatives

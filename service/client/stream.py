@@ -11,7 +11,15 @@ import grpc
 
 from tidegate.service.client import messages
 from tidegate.service.client.errors import TidegateError, error_from_rpc
-from tidegate.service.client.messages import Admitted, Chunk, Event, Finished, Progress
+from tidegate.service.client.messages import (
+    Admitted,
+    Chunk,
+    Event,
+    Finished,
+    PositionLogprobs,
+    Progress,
+    PromptLogprobs,
+)
 from tidegate.service.client.retry import Attempts
 from tidegate.v1 import inference_pb2
 
@@ -33,6 +41,8 @@ class Stream(ABC):
         """Set at the end: reasons, usage, timings."""
         self.progress: list[Progress] = []
         """What happened to the request so far, oldest first."""
+        self.prompt_logprobs: list[PositionLogprobs] = []
+        """Of the prompt's tokens from the second one on, if asked for; complete before the first chunk."""
 
     def __aiter__(self) -> Self:
         return self
@@ -85,6 +95,15 @@ class Stream(ABC):
             self.admitted = event
         elif isinstance(event, Finished):
             self.finished = event
+        elif isinstance(event, PromptLogprobs):
+            self.prompt_logprobs += event.positions
+
+    def _unheard(self, event: PromptLogprobs) -> PromptLogprobs | None:
+        """What of it is new: another attempt, or another server, begins with the first one again."""
+        skip = max(0, 1 + len(self.prompt_logprobs) - event.offset)
+        if skip >= len(event.positions):
+            return None
+        return PromptLogprobs(event.offset + skip, event.positions[skip:])
 
 
 class GenerateStream(Stream):
@@ -114,11 +133,15 @@ class GenerateStream(Stream):
             self._call.cancel()
 
     async def _next_event(self) -> Event:
-        while not self._events:
-            if self._ended:
-                raise StopAsyncIteration
-            await self._read()
-        event = self._events.popleft()
+        event: Event | None = None
+        while event is None:
+            while not self._events:
+                if self._ended:
+                    raise StopAsyncIteration
+                await self._read()
+            event = self._events.popleft()
+            if isinstance(event, PromptLogprobs):
+                event = self._unheard(event)
         self._note(event)
         return event
 
@@ -163,6 +186,8 @@ def _events_of(response: inference_pb2.GenerateResponse) -> list[Event]:
             return [messages.admitted_event(response.admitted)]
         case "batch":
             return [messages.chunk_event(delta) for delta in response.batch.deltas]
+        case "prompt_logprobs":
+            return [messages.prompt_logprobs_event(response.prompt_logprobs)]
         case "progress":
             return [messages.progress_event(response.progress)]
         case "finished":

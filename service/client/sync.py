@@ -18,6 +18,7 @@ from tidegate.service.client.messages import (
     Event,
     Finished,
     Options,
+    PositionLogprobs,
     Progress,
     PromptInput,
     Response,
@@ -119,6 +120,10 @@ class BlockingStream:
     @property
     def finished(self) -> Finished | None:
         return self._stream.finished
+
+    @property
+    def prompt_logprobs(self) -> list[PositionLogprobs]:
+        return self._stream.prompt_logprobs
 
     @property
     def progress(self) -> list[Progress]:

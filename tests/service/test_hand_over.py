@@ -115,7 +115,7 @@ async def test_cut_connections_lose_and_double_nothing(start_front: Start, tmp_p
 
         async def one(number: int) -> None:
             prompt = f"prompt {number}"
-            options: dict[str, Any] = {"logprobs": 2} if number % 3 == 0 else {}
+            options: dict[str, Any] = {"logprobs": 2, "prompt_logprobs": 2} if number % 3 == 0 else {}
             expected = front.engine.expected(prompt, 150)
             if number % 3 == 1:
                 stop = expected[100:104]
@@ -125,6 +125,8 @@ async def test_cut_connections_lose_and_double_nothing(start_front: Start, tmp_p
             _, text = await read_all(stream)
             assert text == expected
             assert stream.finished is not None
+            told = [position.chosen.token_id for position in stream.prompt_logprobs]
+            assert told == (front.text.encode(prompt)[1:] if "prompt_logprobs" in options else [])
 
         while proxy.cuts < CUTS:
             await asyncio.gather(*(one(started + index) for index in range(8)))

@@ -193,7 +193,7 @@ async def test_all_violations_are_told_at_once_with_their_paths(front: Front) ->
                     "stop": [""],
                     "stop_token_ids": [0, vocabulary],
                     "logit_bias": {5: 100.5, vocabulary: 1.0},
-                    "prompt_logprobs": 0,
+                    "prompt_logprobs": 21,
                     "structured_output": {"regex": "a"},
                 },
                 lease={"time_to_live": Duration(seconds=-5)},

@@ -31,6 +31,7 @@ from tidegate.engine.messages import (
     Profiled,
     Progress,
     ProgressKind,
+    PromptLogprobs,
     Refused,
     Release,
     SequenceView,
@@ -121,6 +122,10 @@ class FakeEngine:
         """Told instead of what is."""
         self.preempted: set[int] = set()
         """Choices, by index, that get nothing."""
+        self.prompt_step: int | None = None
+        """Prompt tokens that a step scores, where their logprobs are wanted. None: all at once."""
+        self._scored: dict[str, int] = {}
+        """By request, those whose logprobs were told."""
         self.lag = 0
         """Steps by which commands come late, as they do where steps overlap."""
         self.commands: list[Command] = []
@@ -176,6 +181,7 @@ class FakeEngine:
     def revive(self) -> None:
         """Be another engine, which knows nothing."""
         self.running, self.waiting, self._pending = [], [], []
+        self._scored.clear()
         self._outputs, self._work = EndingQueue(), asyncio.Event()
         self._stepping = asyncio.create_task(self._loop())
 
@@ -301,7 +307,20 @@ class FakeEngine:
             if choice.stalled:
                 choice.stalled = False
                 output.progress.append(Progress(request.id, choice.index, ProgressKind.RESUMED))
-            self._generate(choice, output)
+            if self._score(request, output):
+                self._generate(choice, output)
+
+    def _score(self, request: Request, output: StepOutput) -> bool:
+        """Tell the next logprobs of the prompt that are wanted; True where all of them have been told."""
+        known = self._scored.setdefault(request.id, request.num_scored)
+        left = request.prompt_token_ids[1 + known :]
+        if request.params.prompt_logprobs is None or not left:
+            return True
+        told = left if self.prompt_step is None else left[: self.prompt_step]
+        positions = [_position(token, request.params.prompt_logprobs) for token in told]
+        output.prompt_logprobs.append(PromptLogprobs(request.id, 1 + known, positions))
+        self._scored[request.id] += len(told)
+        return len(told) == len(left)
 
     def _generate(self, choice: Running, output: StepOutput) -> None:
         request, params = choice.request, choice.request.params
@@ -309,10 +328,7 @@ class FakeEngine:
         (token,) = self._text.encode(letter)
         logprobs = None
         if params.logprobs is not None:
-            top = [
-                Logprob((token + rank) % 256, -float(rank), rank) for rank in range(1, params.logprobs + 1)
-            ]
-            logprobs = [PositionLogprobs(Logprob(token, -0.5, 1), top)]
+            logprobs = [_position(token, params.logprobs)]
         output.deltas.append(Delta(request.id, choice.index, len(choice.tokens), [token], logprobs))
         choice.tokens.append(token)
         if token in params.stop_token_ids or (token in self.info.eos_token_ids and not params.ignore_eos):
@@ -362,6 +378,11 @@ class FakeEngine:
             host=TierStats(total=128, free=128),
             steps=self._step,
         )
+
+
+def _position(token: int, count: int) -> PositionLogprobs:
+    top = [Logprob((token + rank) % 256, -float(rank), rank) for rank in range(1, count + 1)]
+    return PositionLogprobs(Logprob(token, -0.5, 1), top)
 
 
 def _finished(choice: Running, reason: FinishReason, error: str | None = None) -> Finished:
