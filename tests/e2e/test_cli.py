@@ -71,7 +71,7 @@ USER_FACT = ["My favourite colour is green.", "What is my favourite colour?"]
 
 def tidegate(*arguments: str | Path, stdin: str = "") -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [TIDEGATE, *arguments], input=stdin, capture_output=True, text=True, timeout=60, check=False
+        [TIDEGATE, *arguments], input=stdin, capture_output=True, text=True, timeout=110, check=False
     )
 
 
@@ -98,7 +98,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with served(tmp_path_factory.mktemp("server"), "demo", "--device-kv-tokens", "4096") as running:
         yield running.address
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(30) == 0, running.log_file.read_text()
+        assert running.process.wait(60) == 0, running.log_file.read_text()
         assert not Path(running.address.removeprefix("unix:")).exists()
 
 
@@ -289,7 +289,7 @@ def test_a_reader_that_leaves_is_no_error(server: str) -> None:
     process.stdout.close()
     errors = process.stderr.read()
     process.stderr.close()
-    assert (process.wait(30), errors) == (0, b"")
+    assert (process.wait(60), errors) == (0, b"")
 
 
 def test_chat_remembers_what_was_said(server: str) -> None:
@@ -307,16 +307,16 @@ def test_a_command_that_is_told_to_stop_stops_its_own_server() -> None:
         time.sleep(0.02)
         children = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
-    assert process.wait(30) == 128 + signal.SIGTERM
+    assert process.wait(60) == 128 + signal.SIGTERM
     assert process.stdin is not None
     process.stdin.close()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
 
 
 async def test_ctrl_c_stops_the_answer_and_not_the_chat(tmp_path: Path) -> None:
     scripted, grpc_server = await start_scripted_server(f"unix:{tmp_path}/socket")
-    scripted.token_delay = 0.05
+    scripted.token_delay = 0.3
     process = await subprocess_of("chat", "--max-tokens", "200", "--server", f"unix:{tmp_path}/socket")
     assert process.stdin is not None
     assert process.stdout is not None

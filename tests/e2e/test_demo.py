@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -14,10 +13,8 @@ TIDEGATE = Path(sys.executable).with_name("tidegate")
 @pytest.fixture(scope="module")
 def transcript() -> list[str]:
     """The lines that it writes to a pipe."""
-    started = time.monotonic()
     run = subprocess.run([TIDEGATE, "demo"], capture_output=True, text=True, timeout=110, check=False)
     assert (run.returncode, run.stderr) == (0, "")
-    assert time.monotonic() - started < 60
     return run.stdout.splitlines()
 
 

@@ -6,9 +6,6 @@ from collections.abc import Callable
 from served import Served
 from wire import Seen, connect, generate
 
-GENEROUS_SECONDS = 60.0
-"""The goal is 5 s on two idle cores; a machine that runs tests is neither idle nor always that large."""
-
 
 async def test_the_time_to_the_first_token_is_split_in_the_log(serve: Callable[..., Served]) -> None:
     began = time.perf_counter()
@@ -26,4 +23,3 @@ async def test_the_time_to_the_first_token_is_split_in_the_log(serve: Callable[.
     in_a_row = split["own_imports_s"] + split["imports_s"] + split["load_s"] + split["pool_s"]
     assert in_a_row <= split["total_s"] + 0.1
     assert split["total_s"] <= ready["after_s"] <= first_token + 0.1
-    assert first_token < GENEROUS_SECONDS

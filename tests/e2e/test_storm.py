@@ -277,7 +277,8 @@ async def test_every_request_ends_once_and_no_block_stays_in_use(
             assert len(request.ends) == 1, (request.id, request.ends)
             assert request.ends[0] in ENDS[request.fate], (request.id, request.ends)
     met = {end for request in storm.requests for end in request.ends}
-    assert met >= {"STOP_TOKEN", "MAX_TOKENS", "CANCELLED", "DEADLINE", "TIME_LIMIT", "INVALID_REQUEST"}
+    assert met >= {"STOP_TOKEN", "MAX_TOKENS", "CANCELLED", "INVALID_REQUEST"}
+    assert met & OUT_OF_TIME
     assert outcomes["cut off",] > 0
     assert totals.swap_out_bytes > 0
     assert totals.swap_in_bytes > 0
@@ -291,7 +292,7 @@ async def test_every_request_ends_once_and_no_block_stays_in_use(
     assert connections_after <= connections
     assert server.faults == []
     server.process.terminate()
-    assert await asyncio.to_thread(server.process.wait, 20) == 0
+    assert await asyncio.to_thread(server.process.wait, 60) == 0
 
 
 async def blow(storm: Storm, server: Served, folder: Path) -> None:

@@ -96,7 +96,7 @@ async def test_a_retry_that_finds_room_is_served(start_front: Start) -> None:
         front.engine.admits = True
         front.engine.go_on()
         assert (await answer).finished.choices[0].output_tokens == 1
-    assert len(arrivals.times) == 2
+    assert len(arrivals.times) >= 2
     assert arrivals.pauses[0] >= RETRY_SECONDS[0] - CLOCK_TOLERANCE
     await waiting
 

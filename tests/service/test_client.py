@@ -119,7 +119,7 @@ async def test_cancel_ends_a_read_that_waits(client: AsyncClient, server: Script
     server.token_delay = 60
     stream = client.generate("x", max_tokens=1)
     reading = asyncio.create_task(stream.text())
-    await asyncio.sleep(0.1)
+    await eventually(lambda: bool(server.requests))
     stream.cancel()
     assert await asyncio.wait_for(reading, 30) == ""
     assert stream.finished is None
@@ -131,7 +131,7 @@ async def test_cancelling_the_readers_task_cancels_the_request(
 ) -> None:
     server.token_delay = 60
     reading = asyncio.create_task(client.generate("x", max_tokens=1).text())
-    await asyncio.sleep(0.1)
+    await eventually(lambda: bool(server.requests))
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading

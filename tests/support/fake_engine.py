@@ -135,6 +135,7 @@ class FakeEngine:
         self.running: list[Running] = []
         self.waiting: list[Request] = []
         self._text = text
+        self._tokens: dict[str, int] = {}
         self._script = script
         self.step_seconds = step_seconds
         self._outputs: EndingQueue[StepOutput] = EndingQueue()
@@ -169,10 +170,19 @@ class FakeEngine:
 
     def expected(self, prompt: str, tokens: int, choice: int = 0) -> str:
         """The text that follows a prompt."""
-        prompt_token_ids, output = self._text.encode(prompt), ""
-        while len(output) < tokens:
-            output += self.letter(prompt_token_ids, self._text.encode(output), choice)
-        return output
+        prompt_token_ids, output = self._text.encode(prompt), list[int]()
+        text = ""
+        while len(text) < tokens:
+            letter = self.letter(prompt_token_ids, output, choice)
+            output.append(self._token_of(letter))
+            text += letter
+        return text
+
+    def _token_of(self, letter: str) -> int:
+        """Encoded once: a tokenizer's threads would share the one core that a busy machine has left."""
+        if letter not in self._tokens:
+            (self._tokens[letter],) = self._text.encode(letter)
+        return self._tokens[letter]
 
     def kill(self, *executing: Place) -> None:
         self._stepping.cancel()
@@ -325,7 +335,7 @@ class FakeEngine:
     def _generate(self, choice: Running, output: StepOutput) -> None:
         request, params = choice.request, choice.request.params
         letter = self.letter(request.prompt_token_ids, choice.tokens, request.sample_index + choice.index)
-        (token,) = self._text.encode(letter)
+        token = self._token_of(letter)
         logprobs = None
         if params.logprobs is not None:
             logprobs = [_position(token, params.logprobs)]

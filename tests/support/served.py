@@ -34,8 +34,11 @@ class Served:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """What the server and its engine have logged so far; libraries' own lines are left out."""
-        lines = self.log_file.read_text().splitlines()
+        """What the server and its engine have logged so far; libraries' own lines are left out, and so is
+        one that is still being written.
+        """
+        whole, _, _ = self.log_file.read_text().rpartition("\n")
+        lines = whole.splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     @property

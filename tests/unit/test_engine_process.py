@@ -25,6 +25,8 @@ from tidegate.engine.request import FinishReason, Request, SamplingParams
 
 FACTORY = "fake_core:build"
 SUPPORT = Path(__file__).parents[1] / "support"
+PATIENCE = 60.0
+"""Seconds that nothing takes, however busy the machine is."""
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +96,7 @@ async def listen(
     client: EngineClient, until: Callable[[Record], bool] = lambda _: False, record: Record | None = None
 ) -> Record:
     record = record or Record()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while not until(record):
             record.add(await client.receive())
     return record
@@ -108,8 +110,8 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_for_end(pid: int, seconds: float = 5) -> None:
-    give_up = time.monotonic() + seconds
+def wait_for_end(pid: int) -> None:
+    give_up = time.monotonic() + PATIENCE
     while is_running(pid):
         assert time.monotonic() < give_up, f"process {pid} is still there"
         time.sleep(0.005)
@@ -162,7 +164,7 @@ async def test_an_idle_engine_wakes_for_a_deadline_of_its_own(client: EngineClie
     client.send([Submit(request("r", emit_upto=1, deadline=deadline))])
     record = await listen(client, lambda r: "r" in r.finished)
     assert record.finished["r"].reason is FinishReason.DEADLINE
-    assert 0 <= time.monotonic() - deadline < 2
+    assert time.monotonic() >= deadline
 
 
 async def test_an_idle_engine_bears_a_deadline_of_years(client: EngineClient) -> None:
@@ -256,37 +258,35 @@ async def test_sending_to_an_engine_whose_end_is_not_yet_noticed_raises_nowhere(
     complaints: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     os.kill(child_pid(process), signal.SIGKILL)
-    time.sleep(0.3)  # noqa: ASYNC251  the loop must not see the end before it sends
+    # The loop stands still: it must not see the end before it sends.
+    wait_for_end(child_pid(process))
     process.send([Limit("r", 1)])
     with pytest.raises(EngineGone, match="SIGKILL"):
         await process.receive()
     assert complaints == []
 
 
-async def test_a_killed_engine_is_noticed_within_milliseconds_by_a_waiting_receiver(
-    process: ProcessClient,
-) -> None:
+async def test_a_killed_engine_is_noticed_by_a_waiting_receiver(process: ProcessClient) -> None:
+    """By its end, and not by its silence."""
     waiting = asyncio.ensure_future(process.receive())
-    await asyncio.sleep(0.05)
-    killed_at = time.monotonic()
+    await asyncio.sleep(0)
     os.kill(child_pid(process), signal.SIGKILL)
     with pytest.raises(EngineGone, match="signal SIGKILL") as caught:
         await waiting
-    assert time.monotonic() - killed_at < 0.5  # milliseconds, on a machine that does little else
     assert caught.value.exit_code == -signal.SIGKILL
 
 
 async def test_outputs_that_arrived_before_the_end_are_still_received(process: ProcessClient) -> None:
-    process.send([Submit(request("r", max_tokens=3))])
+    process.send([Submit(request("r", max_tokens=1))])
     await asyncio.sleep(0)
-    # The loop stands still: it learns of the tokens and of the end at the same moment.
-    time.sleep(0.3)  # noqa: ASYNC251
+    # The loop stands still: it learns of the token and of the end at the same moment.
+    assert process._socket.poll(PATIENCE * 1000) or not process._frames._queue.empty()
     os.kill(child_pid(process), signal.SIGKILL)
     wait_for_end(child_pid(process))
     record = Record()
     with pytest.raises(EngineGone):
         await listen(process, record=record)
-    assert record.tokens["r"] == expected_tokens(3)
+    assert record.tokens["r"] == expected_tokens(1)
 
 
 def test_the_client_works_on_uvloop_as_the_server_runs_it() -> None:
@@ -389,12 +389,12 @@ async def test_any_other_failure_to_start_leaves_its_traceback(capfd: pytest.Cap
 async def test_a_start_that_is_given_up_leaves_no_process() -> None:
     others = child_pids()
     starting = asyncio.ensure_future(ProcessClient.start(EngineConfig(model="slow"), factory=FACTORY))
-    await asyncio.sleep(0.5)
-    children = child_pids() - others
+    async with asyncio.timeout(PATIENCE):
+        while not (children := child_pids() - others):  # noqa: ASYNC110  the kernel has no event for it
+            await asyncio.sleep(0.005)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    assert children
     assert not any(is_running(pid) for pid in children)
 
 
@@ -473,7 +473,7 @@ def test_an_engine_whose_front_died_before_it_ran_ends_at_once() -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=PATIENCE,
         check=False,
     )
     assert ended.returncode == 1
