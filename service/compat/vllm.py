@@ -11,7 +11,7 @@ import io
 import json
 import time
 import zipfile
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -24,10 +24,10 @@ from tidegate.engine.messages import PositionLogprobs
 from tidegate.engine.request import FinishReason, Violation
 from tidegate.service.call import stream_call
 from tidegate.service.errors import Failure
-from tidegate.service.events import Admitted, ChoiceEnd, Delta, Event, Finished
+from tidegate.service.events import Admitted, ChoiceEnd, Delta, Event, Finished, PromptLogprobs
 from tidegate.service.hub import Hub
 from tidegate.service.identity import caller
-from tidegate.service.intake import Intake
+from tidegate.service.intake import MAX_UNARY_PROMPT_LOGPROBS, Intake
 from tidegate.v1 import inference_pb2, prompt_pb2, sampling_pb2
 
 SERVICE = "vllm.grpc.engine.VllmEngine"
@@ -44,12 +44,13 @@ FINISH_REASONS = {
     FinishReason.CANCELLED: "abort",
 }
 
-UNSUPPORTED = ("prompt_logprobs", "truncate_prompt_tokens")
+UNSUPPORTED = ("truncate_prompt_tokens",)
 """Sampling fields that would change the output; refused where they are set."""
 NUMBERS = (
     "temperature",
     "max_tokens",
     "logprobs",
+    "prompt_logprobs",
     "top_p",
     "top_k",
     "min_p",
@@ -80,7 +81,7 @@ class VllmEngine(engine_pb2_grpc.VllmEngineServicer):
         self._last_request_at = time.time()
         call = stream_call(self._intake, _native(request), context.time_remaining())
         async with contextlib.aclosing(call):
-            async for response in _Answer(request.stream).responses(call):
+            async for response in _Answer(request).responses(call):
                 yield response
 
     async def HealthCheck(
@@ -185,6 +186,8 @@ def _native(request: engine_pb2.GenerateRequest) -> inference_pb2.GenerateReques
     else:
         prompt = prompt_pb2.Prompt(token_ids=prompt_pb2.TokenIds(ids=request.tokenized.input_ids))
     native = inference_pb2.GenerateRequest(prompt=prompt, sampling=ours)
+    # Theirs name all tokens of the prompt, the first one too.
+    native.return_prompt_token_ids = ours.HasField("prompt_logprobs")
     if request.request_id:
         native.request_id = request.request_id
     return native
@@ -202,8 +205,9 @@ def _violations(request: engine_pb2.GenerateRequest) -> Iterable[Violation]:
     for name in (*UNSUPPORTED, *((constraint,) if constraint else ())):
         if name in present:
             yield Violation(f"sampling_params.{name}", "not supported yet")
-    if sampling.HasField("logprobs") and sampling.logprobs < 0:
-        yield Violation("sampling_params.logprobs", "must name how many; all of them are not supported")
+    for name in ("logprobs", "prompt_logprobs"):
+        if name in present and getattr(sampling, name) < 0:
+            yield Violation(f"sampling_params.{name}", "must name how many; all of them are not supported")
     if any(token_id < 0 for token_id in sampling.logit_bias):
         yield Violation("sampling_params.logit_bias", "takes no negative token ids")
 
@@ -211,8 +215,13 @@ def _violations(request: engine_pb2.GenerateRequest) -> Iterable[Violation]:
 class _Answer:
     """Our events of one request as their responses."""
 
-    def __init__(self, is_streamed: bool) -> None:
-        self._is_streamed = is_streamed
+    def __init__(self, request: engine_pb2.GenerateRequest) -> None:
+        self._is_streamed = request.stream
+        self._alternatives = request.sampling_params.prompt_logprobs
+        self._prompt_token_ids: Sequence[int] = ()
+        """Empty where their logprobs are not wanted."""
+        self._prompt_logprobs: list[PositionLogprobs] = []
+        self._is_first = True
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._outputs: dict[int, Delta] = {}
@@ -223,6 +232,10 @@ class _Answer:
                 case Admitted():
                     self._prompt_tokens = event.prompt_tokens
                     self._cached_tokens = event.cached_device_tokens + event.cached_host_tokens
+                    self._prompt_token_ids = event.prompt_token_ids
+                    self._check_size()
+                case PromptLogprobs():
+                    self._prompt_logprobs += event.positions
                 case list():
                     for delta in event:
                         if self._is_streamed and delta.token_ids:
@@ -234,6 +247,13 @@ class _Answer:
                 case _:
                     pass  # the protocol has no words for progress
 
+    def _check_size(self) -> None:
+        """The protocol has the prompt's logprobs in one message. Raises ``Failure`` where they do not fit."""
+        count = len(self._prompt_token_ids) * (1 + self._alternatives)
+        if count > MAX_UNARY_PROMPT_LOGPROBS:
+            text = f"{count} of them are too many for one message: ask for fewer"
+            raise Failure.invalid([Violation("sampling_params.prompt_logprobs", text)])
+
     def _keep(self, delta: Delta) -> None:
         if kept := self._outputs.get(delta.choice):
             kept.absorb(delta)
@@ -241,12 +261,15 @@ class _Answer:
             self._outputs[delta.choice] = delta
 
     def _chunk(self, delta: Delta) -> engine_pb2.GenerateStreamChunk:
+        input_logprobs = self._input_logprobs() if self._is_first else None
+        self._is_first = False
         return engine_pb2.GenerateStreamChunk(
             token_ids=delta.token_ids,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=len(delta.token_ids),
             cached_tokens=self._cached_tokens,
             output_logprobs=_logprobs(delta.logprobs),
+            input_logprobs=input_logprobs,
             index=delta.choice,
         )
 
@@ -259,6 +282,7 @@ class _Answer:
             completion_tokens=end.output_tokens,
             cached_tokens=self._cached_tokens,
             output_logprobs=_logprobs(output.logprobs) if output else None,
+            input_logprobs=self._input_logprobs(),
             index=end.choice,
         )
         if end.stop_string is not None:
@@ -267,6 +291,17 @@ class _Answer:
             complete.matched_token_id = end.stop_token_id
         return complete
 
+    def _input_logprobs(self) -> engine_pb2.InputLogProbs | None:
+        if not self._prompt_token_ids:
+            return None
+        positions = self._prompt_logprobs
+        value = engine_pb2.InputTokenLogProb
+        return engine_pb2.InputLogProbs(
+            token_logprobs=[value(), *(value(value=position.chosen.logprob) for position in positions)],
+            token_ids=self._prompt_token_ids[: 1 + len(positions)],
+            top_logprobs=[engine_pb2.TopLogProbs(), *map(_top_logprobs, positions)],
+        )
+
 
 def _logprobs(positions: list[PositionLogprobs] | None) -> engine_pb2.OutputLogProbs | None:
     if not positions:
@@ -274,12 +309,13 @@ def _logprobs(positions: list[PositionLogprobs] | None) -> engine_pb2.OutputLogP
     return engine_pb2.OutputLogProbs(
         token_logprobs=[position.chosen.logprob for position in positions],
         token_ids=[position.chosen.token_id for position in positions],
-        top_logprobs=[
-            engine_pb2.TopLogProbs(
-                values=[top.logprob for top in position.top], token_ids=[top.token_id for top in position.top]
-            )
-            for position in positions
-        ],
+        top_logprobs=map(_top_logprobs, positions),
+    )
+
+
+def _top_logprobs(position: PositionLogprobs) -> engine_pb2.TopLogProbs:
+    return engine_pb2.TopLogProbs(
+        values=[top.logprob for top in position.top], token_ids=[top.token_id for top in position.top]
     )
 
 

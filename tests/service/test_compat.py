@@ -22,6 +22,7 @@ from tidegate.compat.vllm import common_pb2, engine_pb2, engine_pb2_grpc
 from tidegate.engine.demo import checkpoint_path
 from tidegate.engine.messages import Finish, Submit
 from tidegate.engine.request import SamplingParams
+from tidegate.service.compat import vllm as vllm_door
 from tidegate.service.compat.protocols import PROTOCOLS, SERVICES, Compat
 from tidegate.v1 import inference_pb2
 
@@ -86,7 +87,9 @@ async def test_without_stream_the_end_alone_holds_everything(front: Front) -> No
 
 
 async def test_what_we_cannot_do_is_refused_by_name_and_all_at_once(front: Front) -> None:
-    request = vllm_request(front, "x", json_schema="{}", logit_bias={-1: 2.0}, prompt_logprobs=1, logprobs=-1)
+    request = vllm_request(
+        front, "x", json_schema="{}", logit_bias={-1: 2.0}, prompt_logprobs=-1, logprobs=-1
+    )
     request.mm_inputs.SetInParent()
     request.kv_transfer_params_json = "{}"
     refusal = await refusal_of(vllm(front).Generate(request))
@@ -99,6 +102,40 @@ async def test_what_we_cannot_do_is_refused_by_name_and_all_at_once(front: Front
         "sampling_params.prompt_logprobs",
         "sampling_params.logprobs",
     }
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_logprobs_of_the_prompt_come_once_and_whole(front: Front, stream: bool) -> None:
+    text = "the tide comes in; " * 9
+    request = vllm_request(front, text, stream=stream, prompt_logprobs=20, max_tokens=4, n=2)
+    responses = [r async for r in vllm(front).Generate(request)]
+    whole = await front.inference.GenerateUnary(
+        inference_pb2.GenerateUnaryRequest(
+            prompt={"text": text}, sampling={"prompt_logprobs": 20, "max_tokens": 4}
+        )
+    )
+    chunks = [r.chunk for r in responses if r.HasField("chunk")]
+    having = [index for index, chunk in enumerate(chunks) if chunk.HasField("input_logprobs")]
+    assert having == ([0] if stream else [])
+    told = [r.complete.input_logprobs for r in responses if r.HasField("complete")]
+    for logprobs in (*told, *(chunk.input_logprobs for chunk in chunks[:1])):
+        assert list(logprobs.token_ids) == front.text.encode(text)
+        first, *others = logprobs.token_logprobs
+        assert not first.HasField("value")
+        assert [one.value for one in others] == [p.chosen.logprob for p in whole.prompt_logprobs]
+        assert [list(top.token_ids) for top in logprobs.top_logprobs] == [
+            [],
+            *([one.token_id for one in position.top] for position in whole.prompt_logprobs),
+        ]
+
+
+async def test_more_logprobs_of_a_prompt_than_a_message_holds_are_refused(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_door, "MAX_UNARY_PROMPT_LOGPROBS", 41)
+    refusal = await refusal_of(vllm(front).Generate(vllm_request(front, "xx", prompt_logprobs=20)))
+    assert list(refusal.violations) == ["sampling_params.prompt_logprobs"]
+    assert not front.engine.running
 
 
 async def test_a_bias_reaches_the_engine(front: Front) -> None:
