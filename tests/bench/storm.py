@@ -47,9 +47,13 @@ def measure(args: argparse.Namespace, runs: Runs) -> None:
     """Add so many rounds of each variant to ``runs``."""
     variants = [name for name in args.variants if name != "vllm" or args.vllm]
     done = min((len(runs.get(name, ())) for name in variants), default=0)
+    if any(name != "vllm" for name in variants):
+        # The first engine of a process pays for things that the others find done.
+        _tidegate(args, "auto")
     for round_number in range(done, done + args.rounds):
-        # In turn from the front and from the back, so that a machine that slows down slows all alike.
-        for name in variants[:: -1 if round_number % 2 else 1]:
+        # Each begins in its turn, so that neither the place in a round nor a machine that slows down tells.
+        first = round_number % len(variants)
+        for name in (*variants[first:], *variants[:first]):
             once = _vllm if name == "vllm" else _tidegate
             runs.setdefault(name, []).append(once(args, name))
 
