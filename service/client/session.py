@@ -443,6 +443,9 @@ class Session:
         stream = self._streams.get(refusal.request_id)
         if stream is None:
             return
+        if stream.is_cancelled:
+            self._drop(stream, Cancelled("cancelled before it was taken", code=grpc.StatusCode.CANCELLED))
+            return
         error = error_from_status(refusal.status)
         try:
             delay = stream.delay_before_retry(error)

@@ -35,6 +35,6 @@ add_ControlServiceServicer_to_server(Control(), server)
 port = server.add_insecure_port("127.0.0.1:0")
 server.start()
 with Client(f"127.0.0.1:{port}") as client:
-    info = client.server_info(timeout=10)
+    info = client.server_info(timeout=60)
 server.stop(grace=None).wait()
 print(f"version {info.version}, {len(stubs)} stubs, grpcio {grpc.__version__}")

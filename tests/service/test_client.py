@@ -345,11 +345,22 @@ async def test_a_request_can_be_cancelled_while_it_waits_for_a_retry(
     server.start_errors = [status(grpc.StatusCode.UNAVAILABLE, "ENGINE_RESTARTING", retry_after(60))]
     async with client.session() as session:
         stream = await session.start("x", max_tokens=2)
-        await eventually(lambda: not server.start_errors)
-        await asyncio.sleep(0.1)
+        await eventually(lambda: bool(session._resends))
         stream.cancel()
         with pytest.raises(Cancelled):
             await asyncio.wait_for(stream.text(), 30)
+
+
+async def test_a_request_that_is_cancelled_while_its_refusal_comes_is_not_started_again(
+    client: AsyncClient, server: ScriptedServer
+) -> None:
+    server.start_errors = [status(grpc.StatusCode.UNAVAILABLE, "ENGINE_RESTARTING", retry_after(0.1))]
+    async with client.session() as session:
+        stream = await session.start("x", max_tokens=2)
+        stream.cancel()
+        with pytest.raises(Cancelled):
+            await asyncio.wait_for(stream.text(), 30)
+    assert [command.WhichOneof("command") for command in server.commands].count("start") == 1
 
 
 async def test_the_time_limit_travels_with_the_request(client: AsyncClient, server: ScriptedServer) -> None:
