@@ -11,8 +11,9 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -20,7 +21,14 @@ from tqdm import tqdm
 
 from tidegate.engine.config import ConfigError
 from tidegate.service import connection
-from tidegate.service.client import AsyncClient, Options, Response, TidegateError
+from tidegate.service.client import (
+    AsyncClient,
+    Logprob,
+    Options,
+    PositionLogprobs,
+    Response,
+    TidegateError,
+)
 from tidegate.service.connection import Credentials
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -39,6 +47,8 @@ FINISH_REASONS = {
 }
 
 Json = dict[str, Any]
+_Words = dict[int, str]
+"""The texts of single tokens, as far as they are known."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,13 +97,14 @@ async def _run_all(
     """Run what can be run, write each answer when it is there; how many failed."""
     failures = 0
     waiting = iter(jobs)
+    words: _Words = {}
     with tqdm(total=len(jobs), unit="request", disable=not sys.stderr.isatty()) as progress:
         async with AsyncClient(address, **credentials) as client:
 
             async def work() -> None:
                 nonlocal failures
                 for job in waiting:  # one iterator for all workers: each job is taken once
-                    answer = await _answer(client, job)
+                    answer = await _answer(client, job, words)
                     failures += answer["error"] is not None
                     output.write(json.dumps(answer, ensure_ascii=False) + "\n")
                     output.flush()
@@ -103,7 +114,7 @@ async def _run_all(
     return failures
 
 
-async def _answer(client: AsyncClient, job: Job) -> Json:
+async def _answer(client: AsyncClient, job: Job, words: _Words) -> Json:
     """The line of the output. An unreachable server is raised: nothing more can be answered."""
     request_id = uuid.uuid4().hex
     if job.fault is not None:
@@ -111,6 +122,7 @@ async def _answer(client: AsyncClient, job: Job) -> Json:
     try:
         options: Options = {**job.options, "request_id": request_id}
         response = await client.generate_unary(job.prompt, **options)
+        await _learn(client, response, words)
     except (TypeError, ValueError, KeyError) as error:
         message = f"a field of the body has another type than it should: {error}"
         return _line(job, request_id, 400, {"message": message, "code": "invalid_request"})
@@ -122,7 +134,7 @@ async def _answer(client: AsyncClient, job: Job) -> Json:
         return _line(
             job, request_id, status, {"message": details or str(error), "code": error.reason.lower()}
         )
-    return _line(job, request_id, 200, None, _body(job, request_id, response))
+    return _line(job, request_id, 200, None, _body(job, request_id, response, words))
 
 
 def _line(job: Job, request_id: str, status: int, error: Json | None, body: Json | None = None) -> Json:
@@ -134,7 +146,16 @@ def _line(job: Job, request_id: str, status: int, error: Json | None, body: Json
     }
 
 
-def _body(job: Job, request_id: str, response: Response) -> Json:
+async def _learn(client: AsyncClient, response: Response, words: _Words) -> None:
+    """The texts of all tokens whose logprobs were told."""
+    for completion in response.completions:
+        for position in completion.logprobs:
+            for one in (position.chosen, *position.top):
+                if one.token_id not in words:
+                    words[one.token_id] = await client.detokenize([one.token_id], skip_special_tokens=False)
+
+
+def _body(job: Job, request_id: str, response: Response, words: _Words) -> Json:
     """As the API of the job's url would answer."""
     is_chat = job.url == CHAT
     choices: list[Json] = []
@@ -147,6 +168,9 @@ def _body(job: Job, request_id: str, response: Response) -> Json:
             choice["message"] = {"role": "assistant", "content": completion.text}
         else:
             choice["text"] = completion.text
+        if completion.logprobs:
+            write = _chat_logprobs if is_chat else _text_logprobs
+            choice["logprobs"] = write(completion.logprobs, words)
         choices.append(choice)
     usage = response.finished.usage
     return {
@@ -160,6 +184,30 @@ def _body(job: Job, request_id: str, response: Response) -> Json:
             "total_tokens": usage.prompt_tokens + usage.output_tokens,
             "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         },
+    }
+
+
+def _chat_logprobs(positions: Sequence[PositionLogprobs], words: _Words) -> Json:
+    def told(one: Logprob) -> Json:
+        text = words[one.token_id]
+        # Half a character has no text of its own, and so no bytes that we know of.
+        return {
+            "token": text,
+            "logprob": one.logprob,
+            "bytes": None if "\ufffd" in text else list(text.encode()),
+        }
+
+    content = [{**told(each.chosen), "top_logprobs": list(map(told, each.top))} for each in positions]
+    return {"content": content, "refusal": None}
+
+
+def _text_logprobs(positions: Sequence[PositionLogprobs], words: _Words) -> Json:
+    tokens = [words[each.chosen.token_id] for each in positions]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [each.chosen.logprob for each in positions],
+        "top_logprobs": [{words[one.token_id]: one.logprob for one in each.top} for each in positions],
+        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=0)),
     }
 
 
@@ -220,6 +268,13 @@ def _job(custom_id: str, request: Mapping[str, Any]) -> Job:
     options: Json = {name: rest.pop(name) for name in (*SAME, *OURS) if name in rest}
     if "max_completion_tokens" in rest:
         options["max_tokens"] = rest.pop("max_completion_tokens")
+    if url == TEXT and "logprobs" in rest:
+        options["logprobs"] = rest.pop("logprobs")
+    elif rest.get("logprobs") is True:
+        del rest["logprobs"]
+        options["logprobs"] = rest.pop("top_logprobs", 0)
+    elif rest.get("logprobs") is False:
+        del rest["logprobs"]
     if "logit_bias" in rest:
         options["logit_bias"] = _logit_bias(rest.pop("logit_bias"))
     if "stop" in rest:

@@ -10,6 +10,7 @@ import pytest
 from served import Served, served
 
 TIDEGATE = Path(sys.executable).with_name("tidegate")
+CHAT = "/v1/chat/completions"
 STORY = [{"role": "user", "content": "Tell me a story about a kite."}]
 
 
@@ -41,9 +42,11 @@ def test_chats_and_completions_are_answered_as_openai_would(tmp_path: Path, serv
         tmp_path,
         server,
         [
-            request("chat", "/v1/chat/completions", messages=STORY, max_completion_tokens=12),
+            request("chat", CHAT, messages=STORY, max_completion_tokens=12),
             request("text", prompt="Once upon a time", n=2, temperature=1, seed=3),
             request("stopped", prompt="Once upon a time", max_tokens=200, stop="."),
+            request("text_logprobs", prompt="Once upon a time", max_tokens=4, logprobs=2),
+            request("chat_logprobs", CHAT, messages=STORY, max_tokens=4, logprobs=True, top_logprobs=3),
             request("biased", prompt="Once upon a time", logit_bias={"70": 100}),
         ],
     )
@@ -57,6 +60,18 @@ def test_chats_and_completions_are_answered_as_openai_would(tmp_path: Path, serv
     assert [choice["index"] for choice in text["choices"]] == [0, 1]
     assert stopped["choices"][0]["finish_reason"] == "stop"
     assert "." not in stopped["choices"][0]["text"]
+    (text,) = answers["text_logprobs"]["response"]["body"]["choices"]
+    assert "".join(text["logprobs"]["tokens"]) == text["text"]
+    assert [len(best) for best in text["logprobs"]["top_logprobs"]] == [2] * 4
+    for offset, token in zip(text["logprobs"]["text_offset"], text["logprobs"]["tokens"], strict=True):
+        assert text["text"].startswith(token, offset)
+    (chat,) = answers["chat_logprobs"]["response"]["body"]["choices"]
+    content = chat["logprobs"]["content"]
+    assert "".join(position["token"] for position in content) == chat["message"]["content"]
+    for position in content:
+        assert bytes(position["bytes"]).decode() == position["token"]
+        assert len(position["top_logprobs"]) == 3
+        assert position["top_logprobs"][0]["logprob"] == position["logprob"] <= 0  # greedy
     (biased,) = answers["biased"]["response"]["body"]["choices"]
     assert len(set(biased["text"])) == 1
 

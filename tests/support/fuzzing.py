@@ -110,6 +110,7 @@ class Fuzzer:
             "max_tokens": rng.randrange(1, 5),
             "temperature": rng.choice([0, 0.7]),
             "ignore_eos": True,
+            **rng.choice([{}, {}, {"prompt_logprobs": 2}, {"logit_bias": {7: 5.0}}]),
         }
         return {"prompt": {"text": rng.choice(TEXTS[1:])}, "sampling": sampling}
 
