@@ -136,12 +136,15 @@ def test_choices_share_the_values_of_their_prompt(checkpoint: Callable[[str], Pa
     outcome = run(path, [request], preempting_every(4), max_step_tokens=5, **ROOM)
     assert_scored(load_reference(path), prompt, outcome.prompt_logprobs["r0"], top=0)
 
-    core = build_engine(config_for(str(path), max_step_tokens=5, **ROOM))
+    core = build_engine(config_for(str(path), max_step_tokens=5, prefix_caching=False, **RECOMPUTE))
     outcome = Outcome()
     core.handle(Submit(request))
     for _ in range(5):
         outcome.take(core.step())
     core.handle(Finish("r0", FinishReason.CANCELLED, choice=0, at_offset=0))
+    outcome.take(core.step())
+    # What it goes on from is computed again, and not told again.
+    assert core.scheduler.preempt("r0")
     while len(outcome.finished) < 3:
         outcome.take(core.step())
     core.close()

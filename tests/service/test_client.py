@@ -29,6 +29,7 @@ from tidegate.service.client import (
     NotSupported,
     Overloaded,
     Progress,
+    PromptLogprobs,
     TidegateError,
     Unavailable,
 )
@@ -240,6 +241,17 @@ async def test_no_retry_once_a_token_has_come(client: AsyncClient, server: Scrip
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
     assert len(server.requests) == 1
+
+
+async def test_a_retry_in_the_middle_of_a_prompts_logprobs_doubles_none(
+    client: AsyncClient, server: ScriptedServer
+) -> None:
+    server.lose_connection_in_prompt = True
+    stream = client.generate("x", max_tokens=2, prompt_logprobs=0)
+    told = [event async for event in stream.events() if isinstance(event, PromptLogprobs)]
+    assert len(server.requests) == 2
+    assert [(event.offset, len(event.positions)) for event in told] == [(1, 2), (3, 1)]
+    assert [position.chosen.token_id for position in stream.prompt_logprobs] == [5, 6, 7]
 
 
 async def test_no_server_is_unavailable_without_a_reason(tmp_path: Path) -> None:

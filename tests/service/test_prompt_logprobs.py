@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 from front import Front, SessionClient, open_session, refusal_of, until
 
+from tidegate.engine import messages
 from tidegate.engine.client import EngineGone
 from tidegate.engine.messages import Submit
 from tidegate.service import intake
 from tidegate.service.client import AsyncClient, PositionLogprobs
-from tidegate.service.delivery import BATCH_TOKENS
+from tidegate.service.delivery import BATCH_TOKENS, Delivery
+from tidegate.service.events import Event, Finished, PromptLogprobs, Timings, Usage
+from tidegate.service.output import Output
 from tidegate.service.session_limits import SessionLimits
 from tidegate.v1 import control_pb2, inference_pb2
 
@@ -132,7 +135,7 @@ async def test_they_count_in_the_sessions_log_until_output_is_acknowledged(start
 
 
 async def test_a_cancel_in_the_middle_of_a_prompt_ends_behind_those_that_came(front: Front) -> None:
-    front.engine.step_seconds, front.engine.prompt_step = 0.005, 3
+    front.engine.step_seconds, front.engine.prompt_step = 0.05, 1200
     session = await open_session(front)
     await session.send(start=start("r"))
     await session.next("prompt_logprobs")
@@ -141,6 +144,21 @@ async def test_a_cancel_in_the_middle_of_a_prompt_ends_behind_those_that_came(fr
     positions = [position for piece in pieces_of(session.seen) for position in piece.positions]
     ids = [position.chosen.token_id for position in positions]
     assert ids == front.text.encode(LONG)[1 : 1 + len(ids)]
+    assert len(ids) >= 1200
+
+
+async def test_an_end_waits_for_those_that_a_message_had_no_room_for() -> None:
+    position = messages.PositionLogprobs(messages.Logprob(7, -1.0, 1), [messages.Logprob(7, -1.0, 1)] * 20)
+    output, delivery = Output("r"), Delivery()
+    output.set_listener(delivery)
+    output.push_prompt([position] * 1000)
+    output.close(Finished("r", [], Usage(), Timings(0.0, None, 0.0)))
+    taken: list[Event] = []
+    while not any(isinstance(event, Finished) for event in taken):
+        taken += await delivery.take()
+    *pieces, _ = taken
+    assert [type(piece) for piece in pieces] == [PromptLogprobs] * len(pieces)
+    assert sum(len(piece.positions) for piece in pieces) == 1000
 
 
 async def test_an_engine_that_dies_in_the_middle_of_a_prompt_costs_none_and_doubles_none(
@@ -156,7 +174,8 @@ async def test_an_engine_that_dies_in_the_middle_of_a_prompt_costs_none_and_doub
     for _ in range(3):
         await session.next("prompt_logprobs")
     front.engine.kill()
-    await session.next("finished")
+    await session.next("finished", "request_error")
+    assert session.ends("r") == ["finished"]
     first, again = (command.request for command in front.engine.sent(Submit))
     assert first.num_scored == 0
     assert again.num_scored > 0

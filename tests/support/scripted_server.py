@@ -62,6 +62,12 @@ def finished(request_id: str, reason: Any, tokens: int) -> events_pb2.Finished:
     )
 
 
+def prompt_logprobs(offset: int, token_ids: list[int]) -> events_pb2.PromptLogprobs:
+    chosen = [events_pb2.Logprob(token_id=token_id, logprob=-1.0, rank=1) for token_id in token_ids]
+    positions = [events_pb2.PositionLogprobs(chosen=one) for one in chosen]
+    return events_pb2.PromptLogprobs(offset=offset, positions=positions)
+
+
 class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, control_pb2_grpc.ControlServiceServicer):
     """Token i of every answer is ``w<i>``. ``refusals`` are given out first, one a request or attempt."""
 
@@ -72,6 +78,8 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, control_pb2_gr
         self.start_errors: list[status_pb2.Status] = []
         self.token_delay = 0.0
         self.lose_connection_at: int | None = None
+        self.lose_connection_in_prompt = False
+        """Once, between the two messages with the prompt's logprobs."""
         self.closed = False
         self.cancelled = asyncio.Event()
 
@@ -85,6 +93,12 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, control_pb2_gr
             yield response(admitted=events_pb2.Admitted(request_id=request_id, prompt_tokens=3, seed=17))
             # What a later server may add: an event that this client does not know.
             yield response()
+            if request.sampling.HasField("prompt_logprobs"):
+                yield response(prompt_logprobs=prompt_logprobs(1, [5, 6]))
+                if self.lose_connection_in_prompt:
+                    self.lose_connection_in_prompt = False
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+                yield response(prompt_logprobs=prompt_logprobs(3, [7]))
             count = request.sampling.max_tokens
             for i in range(count):
                 await asyncio.sleep(self.token_delay)
