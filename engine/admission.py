@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import count
 
 from tidegate.engine import policy
+from tidegate.engine.constraints import Constraints
 from tidegate.engine.eviction import Eviction
 from tidegate.engine.journal import Journal
 from tidegate.engine.memory.block import Block, State
@@ -25,6 +26,7 @@ class Admission:
         manager: BlockManager,
         journal: Journal,
         eviction: Eviction,
+        constraints: Constraints,
         *,
         eos_token_ids: frozenset[int],
         now: Callable[[], float],
@@ -34,6 +36,7 @@ class Admission:
         self._manager = manager
         self._journal = journal
         self._eviction = eviction
+        self._constraints = constraints
         self._eos = eos_token_ids
         self._now = now
         self._arrivals = count()
@@ -71,6 +74,8 @@ class Admission:
         choices.sort(key=lambda seq: seq.num_output)
         self._roster.add(choices)
         self._start_behind_parent(choices[0])
+        if request.params.is_constrained:
+            self._constraints.begin(request)
         self._eviction.place(choices[0])
 
     def _start_behind_parent(self, seq: Sequence) -> None:
@@ -99,6 +104,7 @@ class Admission:
             table=self._manager.new_table(request.tenant),
             tokens=[*request.prompt_token_ids, *output],
             stop_ids=self.stop_ids(request, params.stop_token_ids),
+            awaits_constraint=params.is_constrained,
             max_output=most if params.max_tokens is None else min(most, params.max_tokens),
         )
         if request.emit_upto is not None:

@@ -10,6 +10,7 @@ import torch
 
 from tidegate.engine.checkpoint import resolve
 from tidegate.engine.config import EngineConfig
+from tidegate.engine.constraints import Constraints
 from tidegate.engine.core import EngineCore
 from tidegate.engine.memory.host_pool import HostPool
 from tidegate.engine.memory.prefix import BlockHasher
@@ -81,6 +82,7 @@ def compose(config: EngineConfig, path: Path, parts: DeviceParts) -> EngineCore:
             write_ahead=parts.write_ahead,
         ),
         manager,
+        Constraints(path, model.vocab_size, model.eos_token_ids),
         eos_token_ids=frozenset(model.eos_token_ids),
         bytes_per_second=lambda: transfer.bytes_per_second,
     )

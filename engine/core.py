@@ -29,7 +29,8 @@ from tidegate.engine.scheduler import ScheduledStep, Scheduler
 from tidegate.engine.step import DeviceLost, Runner, StepHandle
 
 COPY_WAIT = 0.005
-"""Seconds to wait for copies when nothing else can go on; commands are looked at in between."""
+"""Seconds to wait for copies, or for constraints, when nothing else can go on; commands are looked at in
+between."""
 STATS_INTERVAL = 0.25
 """Seconds between two reports of the totals while there is work."""
 
@@ -114,6 +115,8 @@ class EngineCore:
     def _wait_or_shed(self) -> None:
         if self.scheduler.is_copying:
             self._transfer.wait(COPY_WAIT)
+        elif self.scheduler.is_making_constraints:
+            self.scheduler.wait_for_constraints(COPY_WAIT)
         elif self.scheduler.is_stuck:
             self.scheduler.shed()
 
@@ -146,3 +149,4 @@ class EngineCore:
         """Give back the threads; requests that still run are dropped without a word."""
         self._runner.close()
         self._transfer.close()
+        self.scheduler.close()

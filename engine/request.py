@@ -1,9 +1,10 @@
 """What a request is: its sampling parameters, its content and the reasons for which it ends."""
 
+import json
 from collections.abc import Mapping
 from enum import StrEnum
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -14,6 +15,16 @@ MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 300
 MOST_LOGIT_BIAS = 100
+MAX_ALLOWED_TOKEN_IDS = 2**14
+MAX_BAD_WORDS = 32
+MAX_BAD_WORD_CHARS = 64
+"""The automaton of so many words of words so long can still be made in some milliseconds."""
+MAX_SCHEMA_CHARS = 2**15
+MAX_GRAMMAR_CHARS = 2**14
+MAX_REGEX_CHARS = 2**12
+"""The worst that can be written in so many takes a second or three to compile, in a thread of its own."""
+MAX_OUTPUT_CHOICES = 2**10
+MAX_OUTPUT_CHOICE_CHARS = 2**8
 SEED_RANGE = 2**64
 COUNT_RANGE = 2**63
 """What the sampler's arrays can hold."""
@@ -24,6 +35,8 @@ class FinishReason(StrEnum):
 
     STOP_TOKEN = "stop_token"
     STOP_STRING = "stop_string"
+    GRAMMAR_COMPLETE = "grammar_complete"
+    """The structured output is a whole sentence, and nothing can follow it."""
     MAX_TOKENS = "max_tokens"
     CONTEXT_LENGTH = "context_length"
     DEADLINE = "deadline"
@@ -37,6 +50,10 @@ class Violation(NamedTuple):
     field: str
     description: str
 
+    def below(self, parent: str) -> "Violation":
+        """The same, of a field of ``parent``; of ``parent`` itself where the field has no name."""
+        return self._replace(field=f"{parent}.{self.field}" if self.field else parent)
+
 
 class InvalidRequest(ValueError):
     """A request that cannot be served as it stands; carries every violation at once."""
@@ -44,6 +61,54 @@ class InvalidRequest(ValueError):
     def __init__(self, violations: list[Violation]) -> None:
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
         self.violations = violations
+
+
+class StructuredOutput(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """The output is a sentence of one language; exactly one field says of which."""
+
+    json_schema: str | dict[str, Any] | None = None
+    """The output is a JSON value that this schema accepts."""
+    regex: str | None = None
+    """Matches the whole output. Rust's syntax: without look-around and back-references."""
+    grammar: str | None = None
+    """Context-free, in Lark's notation as ``llguidance`` reads it."""
+    choices: tuple[str, ...] = ()
+    """One of these, word for word."""
+
+    @property
+    def field(self) -> str:
+        """The one that is set, or the first of them."""
+        return next(iter(self._fields_set()), "json_schema")
+
+    @property
+    def schema_text(self) -> str:
+        """``json_schema`` as JSON; the order of its properties is that of the output."""
+        return self.json_schema if isinstance(self.json_schema, str) else json.dumps(self.json_schema)
+
+    def violations(self) -> list[Violation]:
+        """What can be told without compiling it."""
+        if len(self._fields_set()) != 1:
+            return [Violation("", "must have exactly one of json_schema, regex, grammar, choices")]
+        field = self.field
+        most = {"json_schema": MAX_SCHEMA_CHARS, "regex": MAX_REGEX_CHARS, "grammar": MAX_GRAMMAR_CHARS}
+        if field in most:
+            source = self.schema_text if field == "json_schema" else getattr(self, field)
+            if not 0 < len(source) <= most[field]:
+                return [Violation(field, f"must have 1 to {most[field]} characters")]
+            return []
+        if len(self.choices) > MAX_OUTPUT_CHOICES:
+            return [Violation(field, f"takes at most {MAX_OUTPUT_CHOICES} strings")]
+        if not all(0 < len(choice) <= MAX_OUTPUT_CHOICE_CHARS for choice in self.choices):
+            return [Violation(field, f"each string must have 1 to {MAX_OUTPUT_CHOICE_CHARS} characters")]
+        if sum(map(len, self.choices)) > MAX_SCHEMA_CHARS:
+            return [Violation(field, f"must have at most {MAX_SCHEMA_CHARS} characters together")]
+        return []
+
+    def _fields_set(self) -> list[str]:
+        fields = ("json_schema", "regex", "grammar")
+        return [name for name in fields if getattr(self, name) is not None] + ["choices"] * bool(self.choices)
 
 
 class SamplingParams(
@@ -84,6 +149,13 @@ class SamplingParams(
     the tiers hold."""
     logit_bias: dict[int, float] = {}
     """By token id, added to its logit before anything else. ``logprobs`` do not see it."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """If not empty, no other token can be chosen, end-of-sequence tokens included."""
+    bad_words: tuple[str, ...] = ()
+    """The text never holds one of these, however it is cut into tokens. Special tokens count as no text."""
+    structured_output: StructuredOutput | None = None
+    """The form of the output. Its end is that of a sentence: by an end-of-sequence token, or by itself where
+    nothing can follow."""
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -140,8 +212,27 @@ class SamplingParams(
                 all(_within(b, -MOST_LOGIT_BIAS, MOST_LOGIT_BIAS) for b in self.logit_bias.values()),
                 f"each must be between -{MOST_LOGIT_BIAS} and {MOST_LOGIT_BIAS}",
             ),
+            (
+                "allowed_token_ids",
+                len(self.allowed_token_ids) <= MAX_ALLOWED_TOKEN_IDS
+                and all(t >= 0 for t in self.allowed_token_ids),
+                f"takes at most {MAX_ALLOWED_TOKEN_IDS} ids, none negative",
+            ),
+            ("bad_words", len(self.bad_words) <= MAX_BAD_WORDS, f"takes at most {MAX_BAD_WORDS} strings"),
+            (
+                "bad_words",
+                all(0 < len(word) <= MAX_BAD_WORD_CHARS for word in self.bad_words),
+                f"each string must have 1 to {MAX_BAD_WORD_CHARS} characters",
+            ),
         )
-        return [Violation(field, text) for field, holds, text in checks if not holds]
+        found = [Violation(field, text) for field, holds, text in checks if not holds]
+        form = self.structured_output
+        return found + ([] if form is None else [v.below("structured_output") for v in form.violations()])
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether there are tokens that must not be chosen at all, beside those of ``min_tokens``."""
+        return bool(self.allowed_token_ids or self.bad_words or self.structured_output)
 
     @property
     def has_penalties(self) -> bool:

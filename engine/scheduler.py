@@ -16,6 +16,7 @@ import structlog
 
 from tidegate.engine import policy
 from tidegate.engine.admission import Admission
+from tidegate.engine.constraints import Constraints
 from tidegate.engine.eviction import Eviction
 from tidegate.engine.journal import Journal
 from tidegate.engine.limits import Limits
@@ -35,7 +36,7 @@ from tidegate.engine.messages import (
     Update,
 )
 from tidegate.engine.report import Reporter
-from tidegate.engine.request import FinishReason
+from tidegate.engine.request import FinishReason, Violation
 from tidegate.engine.roster import Roster
 from tidegate.engine.sequence import MAX_STEP_FAILURES, Sequence, Status
 from tidegate.engine.step import Chunk, RowSetup, StepOutOfMemory, StepPlan, StepResult
@@ -71,6 +72,7 @@ class Scheduler:
         self,
         limits: Limits,
         manager: BlockManager,
+        constraints: Constraints,
         *,
         eos_token_ids: frozenset[int],
         bytes_per_second: Callable[[], float],
@@ -78,6 +80,7 @@ class Scheduler:
     ) -> None:
         self._limits = limits
         self._manager = manager
+        self._constraints = constraints
         self._now = now
         self._journal = Journal(now)
         self._roster = Roster(limits.max_num_seqs)
@@ -90,6 +93,7 @@ class Scheduler:
             manager,
             self._journal,
             self._eviction,
+            constraints,
             eos_token_ids=eos_token_ids,
             now=now,
         )
@@ -167,6 +171,7 @@ class Scheduler:
         self._eviction.note_truncated()
         self._eviction.timers.run_due(self._now())
         self._eviction.announce_parked()
+        self._take_constraints()
         step = ScheduledStep(StepPlan(self._eviction.step_id + 1), [])
         self._short_of_room = -math.inf
         if not self._plan_suspect(step):
@@ -194,6 +199,7 @@ class Scheduler:
             scored = [] if chunk.scored is None else list(islice(scores, len(chunk.scored.token_ids)))
             if seq.generation == generation:
                 self._take(seq, chunk, sample, scored)
+        self._compute_masks([seq for seq, _ in step.members])
         self._manager.flush()
 
     def fail(self, step: ScheduledStep, error: Exception) -> None:
@@ -223,12 +229,21 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether the next ``plan`` could do anything; timers apart."""
-        return self.is_stuck or self._eviction.is_parking or self.is_copying
+        return self.is_stuck or self._eviction.is_parking or self.is_copying or self.is_making_constraints
 
     @property
     def is_copying(self) -> bool:
         """Whether blocks are on their way between the tiers."""
         return self._manager.copies_in_flight > 0
+
+    @property
+    def is_making_constraints(self) -> bool:
+        """Whether a request waits for what its output must be like."""
+        return self._constraints.is_making
+
+    def wait_for_constraints(self, timeout: float) -> None:
+        """At most so many seconds."""
+        self._constraints.wait(timeout)
 
     @property
     def is_stuck(self) -> bool:
@@ -247,6 +262,10 @@ class Scheduler:
     def snapshot(self) -> Stats:
         """The totals, with the present state of queue and tiers filled in."""
         return self._reporter.stats()
+
+    def close(self) -> None:
+        """End the threads on which constraints are made."""
+        self._constraints.close()
 
     def check_integrity(self) -> None:
         """Raises ``RuntimeError`` where the queues, the rows or the blocks do not add up."""
@@ -319,6 +338,8 @@ class Scheduler:
         seq.num_scheduled += amount
         seq.pending += samples
         seq.in_flight += 1
+        if samples and seq.constraint is not None:
+            plan.masks[seq.row] = seq.constraint.mask
         plan.block_copies += self._manager.launched(seq.table, plan.step_id)
         return amount
 
@@ -376,6 +397,8 @@ class Scheduler:
             seq.pending -= 1
             self._journal.token(seq, sample[0], sample[2])
             seq.tokens.append(sample[0])
+            if seq.constraint is not None:
+                seq.constraint.advance(sample[0])
             reason = seq.stop_reason()
             if reason is not None:
                 self._finish(seq, reason)
@@ -408,7 +431,52 @@ class Scheduler:
         if plan.num_tokens >= 2 * len(plan.chunks):
             self._eviction.prefill.observe(plan.num_tokens, seconds)
 
+    # What may come next
+
+    def _take_constraints(self) -> None:
+        """Let those go on whose constraints were made meanwhile."""
+        for request, constraints, violations in self._constraints.take_made():
+            choices = [seq for seq in self._choices(request.id) if seq.request is request]
+            if choices and violations:
+                self._refuse(choices, violations)
+                continue
+            for seq in choices:
+                seq.constraint, seq.awaits_constraint = constraints[seq.choice], False
+            for seq in choices:
+                if seq.constraint is not None and seq.constraint.is_complete:
+                    self._finish(seq, FinishReason.GRAMMAR_COMPLETE)
+                elif seq in self._roster.idle and seq.may_sample:
+                    self._roster.leave(seq)
+                    self._eviction.place(seq)
+
+    def _compute_masks(self, sequences: list[Sequence]) -> None:
+        """For the next step; those that run into an end have it here."""
+        due = [
+            (seq, seq.constraint)
+            for seq in sequences
+            if seq.constraint is not None and seq.constraint.is_due and not seq.has_ended
+        ]
+        if not due:
+            return
+        ends = self._constraints.compute_masks([constraint for _, constraint in due])
+        for (seq, constraint), end in zip(due, ends, strict=True):
+            if end is not None:
+                self._finish(seq, FinishReason.ERROR, error=end.reason)
+            elif constraint.is_complete:
+                self._finish(seq, FinishReason.GRAMMAR_COMPLETE)
+
     # Ending
+
+    def _refuse(self, choices: list[Sequence], violations: list[Violation]) -> None:
+        """All choices of a request of which nothing has run."""
+        for seq in choices:
+            self._roster.leave(seq)
+            seq.generation += 1
+            seq.siblings = []
+            seq.status = Status.FINISHED
+            self._manager.release(seq.table)
+            self._roster.remove(seq)
+        self._journal.refused(choices[0].request.id, violations)
 
     def _end(
         self, request_id: str, reason: FinishReason, choice: int | None = None, at_offset: int | None = None

@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from tidegate.engine.constraint import Constraint
 from tidegate.engine.memory.block import BlockTable
 from tidegate.engine.policy import Candidate
 from tidegate.engine.request import FinishReason, Request
@@ -51,6 +52,9 @@ class Sequence:
     stop_ids: frozenset[int]
     max_output: int
     emit_upto: float = math.inf
+    constraint: Constraint | None = None
+    awaits_constraint: bool = False
+    """It is being made, and without it no token can be chosen."""
     status: Status = Status.WAITING
     num_prompt: int = field(init=False)
     num_scored: int = field(init=False)
@@ -94,14 +98,25 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def has_ended(self) -> bool:
+        return self.status in (Status.LEASED, Status.FINISHED)
+
+    @property
     def num_unscheduled(self) -> int:
         return len(self.tokens) + self.pending - self.num_scheduled
 
     @property
     def may_sample(self) -> bool:
-        """Whether the next token may be produced: credit and length allow it."""
+        """Whether the next token may be produced: credit and length allow it, and what may come is known."""
         ahead = len(self.tokens) - self.num_prompt + self.pending
-        return ahead < self.max_output and ahead < self.emit_upto
+        return ahead < self.max_output and ahead < self.emit_upto and not self._lacks_mask
+
+    @property
+    def _lacks_mask(self) -> bool:
+        """Whether what may come next is not known yet: it may depend on a token that is being sampled."""
+        if self.constraint is None:
+            return self.awaits_constraint
+        return self.pending > 0 and self.constraint.follows_tokens
 
     @property
     def is_out_of_credit(self) -> bool:
@@ -147,6 +162,8 @@ class Sequence:
         params = self.request.params
         if self.tokens[-1] in self.stop_ids and self.num_output > params.min_tokens:
             return FinishReason.STOP_TOKEN
+        if self.constraint is not None and self.constraint.is_complete:
+            return FinishReason.GRAMMAR_COMPLETE
         if self.num_output >= self.max_output:
             limited = params.max_tokens is not None and self.num_output >= params.max_tokens
             return FinishReason.MAX_TOKENS if limited else FinishReason.CONTEXT_LENGTH

@@ -9,6 +9,7 @@ while an earlier step that uses it still runs.
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from tidegate.engine.constraint import Mask
 from tidegate.engine.messages import PositionLogprobs
 from tidegate.engine.request import SamplingParams
 
@@ -79,6 +80,8 @@ class StepPlan:
     """Rows that change hands before this step computes."""
     new_blocks: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(row, KV group, index in its block table, device block id): growth of rows set up earlier."""
+    masks: dict[int, Mask] = field(default_factory=dict)
+    """By row, the tokens that may be sampled; rows that are free to choose have none."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, target) device block ids, to be copied behind the step before and before this one computes:
     a row goes on from a block that it shares with others."""

@@ -42,6 +42,7 @@ HTTP_STATUS = {"INVALID_ARGUMENT": 400, "NOT_FOUND": 404, "RESOURCE_EXHAUSTED": 
 FINISH_REASONS = {
     "stop_token": "stop",
     "stop_string": "stop",
+    "grammar_complete": "stop",
     "max_tokens": "length",
     "context_length": "length",
 }

@@ -14,6 +14,7 @@ from tidegate.v1 import control_pb2, events_pb2, inference_pb2
 FINISH_REASONS = {
     FinishReason.STOP_TOKEN: events_pb2.FINISH_REASON_STOP_TOKEN,
     FinishReason.STOP_STRING: events_pb2.FINISH_REASON_STOP_STRING,
+    FinishReason.GRAMMAR_COMPLETE: events_pb2.FINISH_REASON_GRAMMAR_COMPLETE,
     FinishReason.MAX_TOKENS: events_pb2.FINISH_REASON_MAX_TOKENS,
     FinishReason.CONTEXT_LENGTH: events_pb2.FINISH_REASON_CONTEXT_LENGTH,
     FinishReason.DEADLINE: events_pb2.FINISH_REASON_DEADLINE,

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from tidegate.engine import messages
 from tidegate.engine.messages import Command, Finish, Update
-from tidegate.engine.request import FinishReason, Request, SamplingParams
+from tidegate.engine.request import FinishReason, Request, SamplingParams, Violation
 from tidegate.engine.text import Text
 from tidegate.engine.text_stream import TextStream
 from tidegate.service.allowance import Allowance
@@ -320,7 +320,7 @@ class Generation:
             self._end(Failed(self.request_id, failure))
 
     def on_refused(self, refused: messages.Refused) -> None:
-        self._end(Failed(self.request_id, Failure.invalid(refused.violations)))
+        self._end(Failed(self.request_id, Failure.invalid([_in_message(v) for v in refused.violations])))
 
     def on_admitted(self, admitted: messages.Admitted) -> None:
         if self._request is None or self.is_admitted:
@@ -471,6 +471,16 @@ class Generation:
             self._send(Finish(self.engine_id, reason))
         elif not choice.is_confirmed:
             self._send(Finish(self.engine_id, reason, choice.index, len(choice.token_ids)))
+
+
+def _in_message(violation: Violation) -> Violation:
+    """What the engine says of a request's field, of the message that brought it."""
+    root = violation.field.partition(".")[0].partition("[")[0]
+    if root in SamplingParams.__struct_fields__:
+        return violation.below("sampling")
+    if root == "output_token_ids":
+        return violation._replace(field="generated_token_ids")
+    return violation
 
 
 def _end_of_given(request: Request, stream: TextStream, eos_token_ids: list[int]) -> FinishReason | None:

@@ -8,10 +8,14 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from tidegate.engine.request import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
     MAX_CHOICES,
     MAX_LOGIT_BIASES,
+    MAX_OUTPUT_CHOICES,
     InvalidRequest,
     SamplingParams,
+    StructuredOutput,
     Violation,
     unknown_biases,
 )
@@ -56,12 +60,6 @@ SCALARS = (
     "skip_special_tokens",
 )
 """Sampling fields with explicit presence, named alike on both sides; absent ones keep our default."""
-
-NOT_YET_SUPPORTED = (
-    "allowed_token_ids",
-    "bad_words",
-    "structured_output",
-)
 
 
 class Intake:
@@ -364,16 +362,11 @@ def check_model(wanted: str | None, served: str) -> None:
 
 
 def sampling_violations(sampling: sampling_pb2.SamplingParams) -> list[Violation]:
-    found = []
     try:
         sampling_params(sampling)
     except InvalidRequest as invalid:
-        found = [Violation(f"sampling.{field}", text) for field, text in invalid.violations]
-    given = {field.name for field, _ in sampling.ListFields()}
-    found += [
-        Violation(f"sampling.{name}", "not supported yet") for name in NOT_YET_SUPPORTED if name in given
-    ]
-    return found
+        return [violation.below("sampling") for violation in invalid.violations]
+    return []
 
 
 def sampling_params(sampling: sampling_pb2.SamplingParams) -> SamplingParams:
@@ -384,6 +377,9 @@ def sampling_params(sampling: sampling_pb2.SamplingParams) -> SamplingParams:
         stop=tuple(sampling.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),
         logit_bias=_logit_bias(sampling),
+        allowed_token_ids=tuple(islice(sampling.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS + 1)),
+        bad_words=tuple(islice(sampling.bad_words, MAX_BAD_WORDS + 1)),
+        structured_output=_structured_output(sampling),
         **given,
     )
 
@@ -391,6 +387,21 @@ def sampling_params(sampling: sampling_pb2.SamplingParams) -> SamplingParams:
 def _logit_bias(sampling: sampling_pb2.SamplingParams) -> dict[int, float]:
     """As given; of more than there may be, enough to tell."""
     return dict(islice(sampling.logit_bias.items(), MAX_LOGIT_BIASES + 1))
+
+
+def _structured_output(sampling: sampling_pb2.SamplingParams) -> StructuredOutput | None:
+    if not sampling.HasField("structured_output"):
+        return None
+    form = sampling.structured_output
+    match form.WhichOneof("constraint"):
+        case "json_schema":
+            return StructuredOutput(json_schema=form.json_schema)
+        case "regex":
+            return StructuredOutput(regex=form.regex)
+        case "grammar":
+            return StructuredOutput(grammar=form.grammar)
+        case _:
+            return StructuredOutput(choices=tuple(islice(form.choices.values, MAX_OUTPUT_CHOICES + 1)))
 
 
 def _at(path: str, field: str, invalid: InvalidRequest) -> InvalidRequest:

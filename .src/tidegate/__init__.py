@@ -1,6 +1,6 @@
 """Tidegate: LLM inference over streaming gRPC, with a KV cache in two tiers.
 
-The four public names are imported on first use, so that ``from tidegate import Client`` needs
+The public names are imported on first use, so that ``from tidegate import Client`` needs
 neither torch nor the engine, and the installation of the client alone stays small.
 """
 
@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tidegate.engine.llm import LLM
-    from tidegate.engine.request import SamplingParams
+    from tidegate.engine.request import SamplingParams, StructuredOutput
     from tidegate.service.client import AsyncClient, Client
 
-__all__ = ["LLM", "AsyncClient", "Client", "SamplingParams"]
+__all__ = ["LLM", "AsyncClient", "Client", "SamplingParams", "StructuredOutput"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "tidegate.engine.llm",
     "SamplingParams": "tidegate.engine.request",
+    "StructuredOutput": "tidegate.engine.request",
     "AsyncClient": "tidegate.service.client",
     "Client": "tidegate.service.client",
 }

@@ -11,7 +11,7 @@ prompts, ``H`` hidden size, ``V`` vocabulary, ``X`` rows, ``L`` positions of a r
 pool's ``NLCKBD`` stands in ``engine.memory.layout``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ import numpy.typing as npt
 import structlog
 import torch
 
+from tidegate.engine.constraint import Mask
 from tidegate.engine.device.streams import Device, Event
 from tidegate.engine.memory.groups import FULL_ATTENTION, KVGroup
 from tidegate.engine.memory.layout import BlockLayout
@@ -210,6 +211,7 @@ class CudaRunner:
             layout.block_size,
             self._most_tokens,
             len(groups),
+            model.vocab_size,
         )
         self._extras = ExtraSampling(max_rows, model.vocab_size, eos_token_ids)
         self._adjusted_XV: torch.Tensor | None = None
@@ -242,7 +244,7 @@ class CudaRunner:
             began.record(self.stream)
             self._update_rows(plan)
             if plan.chunks:
-                self._compute(plan.chunks, step)
+                self._compute(plan.chunks, plan.masks, step)
         except torch.OutOfMemoryError as error:
             step.error = StepOutOfMemory(f"no memory for one token of a step of {plan.num_tokens}: {error}")
         except Exception as error:  # noqa: BLE001 - the handle raises it
@@ -280,13 +282,13 @@ class CudaRunner:
             self._extras.set_row(setup)
         state.inbox.send()
 
-    def _compute(self, chunks: Sequence[Chunk], step: _Step) -> None:
+    def _compute(self, chunks: Sequence[Chunk], masks: Mapping[int, Mask], step: _Step) -> None:
         """The chunks together; in two halves, or more, where memory does not suffice."""
         pending = cut(chunks, self._token_limit)
         while pending:
             part = pending.pop(0)
             try:
-                self._compute_part(part, step)
+                self._compute_part(part, masks, step)
             except torch.OutOfMemoryError:
                 num_tokens = sum(chunk.count for chunk in part)
                 if num_tokens == 1:
@@ -301,14 +303,16 @@ class CudaRunner:
         if self._clean_steps >= _CLEAN_STEPS and self._token_limit < self._most_tokens:
             self._clean_steps, self._token_limit = 0, min(2 * self._token_limit, self._most_tokens)
 
-    def _compute_part(self, chunks: Sequence[Chunk], step: _Step) -> None:
+    def _compute_part(self, chunks: Sequence[Chunk], masks: Mapping[int, Mask], step: _Step) -> None:
         # Behind whatever still reads it: the stream has been given that before.
         self._state.inbox.clear()
         fields = [(chunk.row, chunk.start, chunk.count, chunk.samples) for chunk in chunks]
         rows_S, starts_S, counts_S, samples_S = np.array(fields, np.int32).T
         sampling = np.flatnonzero(samples_S)
         rows_R, positions_R = rows_S[sampling], (starts_S + counts_S)[sampling]
-        extras = self._extras.of(rows_R, positions_R, self._state.inbox.put) if len(sampling) else None
+        extras = None
+        if len(sampling):
+            extras = self._extras.of(rows_R, positions_R, masks, self._state.inbox.put)
         scores = scores_of(chunks)
         if len(sampling) == counts_S.sum():
             self._launch_decodes(rows_S, starts_S, extras, step.places)

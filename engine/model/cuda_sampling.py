@@ -1,20 +1,21 @@
-"""What a few requests ask of the sampler beside temperature and filters, on the GPU: ``logit_bias``,
+"""What a few requests ask of the sampler beside temperature and filters, on the GPU: masks, ``logit_bias``,
 penalties, ``min_tokens`` and logprobs. The CPU's ``engine.model.sampler`` says what each means.
 
 A row pays only for what its request asks for: the rest of the batch goes through the same kernels as ever.
 
-Legend: R rows of the step, V vocabulary, W longest history. Other leading letters number a subset of the
-rows: A penalized, P reported with logprobs; or pairs of a row and a token: B with a bias, E that may not come
-yet.
+Legend: R rows of the step, V vocabulary, W longest history, U words of a mask. Other leading letters number a
+subset of the rows: A penalized, M masked, P reported with logprobs; or pairs of a row and a token: B with a
+bias, E that may not come yet.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from tidegate.engine.constraint import Mask
 from tidegate.engine.messages import Logprob, PositionLogprobs
 from tidegate.engine.request import MAX_LOGPROBS, SamplingParams
 from tidegate.engine.step import RowSetup
@@ -57,6 +58,9 @@ class _Row:
 class Extras:
     """What the rows of one step ask for, with its numbers on the device."""
 
+    masked_M: torch.Tensor | None
+    """int32 index into R; None where every row may choose any token."""
+    masks_MU: torch.Tensor | None
     biased_B2: torch.Tensor | None
     """int32: index into R, token id; None where no row has a bias."""
     biases_B: torch.Tensor | None
@@ -111,10 +115,18 @@ class ExtraSampling:
         )
 
     def of(
-        self, rows_R: npt.NDArray[np.int32], positions_R: npt.NDArray[np.int32], put: Put
+        self,
+        rows_R: npt.NDArray[np.int32],
+        positions_R: npt.NDArray[np.int32],
+        masks: Mapping[int, Mask],
+        put: Put,
     ) -> Extras | None:
-        """What these rows ask for at these positions; None where they ask for nothing."""
-        if not self._asks[rows_R].any():
+        """What these rows ask for at these positions; None where they ask for nothing.
+
+        ``masks``: by row, the tokens that may be chosen, where not all may.
+        """
+        masked = [i for i, row in enumerate(rows_R.tolist()) if row in masks] if masks else []
+        if not masked and not self._asks[rows_R].any():
             return None
         biased: list[tuple[int, int]] = []
         biases: list[float] = []
@@ -138,13 +150,15 @@ class ExtraSampling:
             if params.logprobs is not None:
                 reported.append(i)
                 counts.append(params.logprobs)
-        if not (biased or penalized or banned or reported):
+        if not (masked or biased or penalized or banned or reported):
             return None
 
         def send(values: Sequence[object], dtype: type = np.int32) -> torch.Tensor | None:
             return put(np.array(values, dtype).view(np.int32)) if values else None
 
         return Extras(
+            masked_M=send(masked),
+            masks_MU=put(np.stack([masks[rows_R[i]] for i in masked])) if masked else None,
             biased_B2=send(biased),
             biases_B=send(biases, np.float32),
             penalized_A=send(penalized),
@@ -173,6 +187,11 @@ def sample_with_extras(
     logits_RV = logits_RV.float()
     finite_R = logits_RV.isfinite().all(1).int()
     raw_PV = None if extras.reported_P is None else logits_RV.index_select(0, extras.reported_P)
+    if extras.masked_M is not None and extras.masks_MU is not None:
+        rows_M = extras.masked_M.long()
+        forbidden_MV = ~_allowed(extras.masks_MU, logits_RV.shape[1])
+        masked_MV = logits_RV.index_select(0, rows_M).masked_fill_(forbidden_MV, -torch.inf)
+        logits_RV.index_copy_(0, rows_M, masked_MV)
     if extras.biased_B2 is not None and extras.biases_B is not None:
         places_B = extras.biased_B2.long().unbind(1)
         logits_RV.index_put_(places_B, logits_RV[places_B] + extras.biases_B.view(torch.float32))
@@ -198,6 +217,13 @@ def sample_with_extras(
         report_PX = report(raw_PV, token_ids_R.index_select(0, extras.reported_P), max(extras.counts_P))
         store_words(ring, report_place, report_PX.reshape(-1))
     return SampledRows(token_ids_R, finite_R)
+
+
+def _allowed(masks_MU: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """A flag for each token, from one bit; bytes take a quarter of the room that words would."""
+    bytes_MB1 = masks_MU.contiguous().view(torch.uint8)[:, :, None]
+    places_8 = torch.arange(8, dtype=torch.uint8, device=masks_MU.device)
+    return ((bytes_MB1 >> places_8) & 1).flatten(1)[:, :vocab_size].bool()
 
 
 def _penalize(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from tidegate.engine.device.streams import Device, Stream
-from tidegate.engine.model.cuda_inbox import Inbox
+from tidegate.engine.model.cuda_inbox import PACKET_WORDS, Inbox
 from tidegate.engine.request import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from tidegate.kernels.triton.sampling_rows import PARAMETER_WORDS
 
@@ -30,13 +30,16 @@ class DeviceState:
         block_size: int,
         max_step_tokens: int,
         num_groups: int,
+        vocab_size: int,
     ) -> None:
         """Raises ``ValueError`` where it is more than an int32 counts."""
         width = -(-max_model_len // block_size)
         # Of a step: five numbers a token and row at most (prefill's tiles), each twice over; two for each
-        # scored token of a prompt; and the tokens that have a bias or may not come yet.
+        # scored token of a prompt; the tokens that have a bias or may not come yet; and a mask for each row.
+        # Those fit into one packet: for the next ones the host would wait.
+        mask_words = max_rows * -(-vocab_size // 32)
         extra_words = 32 + 3 * MAX_LOGIT_BIASES + 2 * MAX_STOP_TOKEN_IDS
-        inbox_words = 18 * (max_step_tokens + max_rows) + extra_words * max_rows
+        inbox_words = 18 * (max_step_tokens + max_rows) + extra_words * max_rows + mask_words
         sizes = [
             max_rows * max_model_len,
             num_groups * max_rows * width,
@@ -66,7 +69,7 @@ class DeviceState:
         """...and the position of each one's last token. At one place in every step: graphs read them."""
         self._firsts: list[int] = firsts
         self._table_shape = max_rows, width
-        self.inbox = Inbox(device, stream, words, firsts[-1])
+        self.inbox = Inbox(device, stream, words, firsts[-1], PACKET_WORDS + mask_words)
 
     def set_row(self, row: int, token_ids: Sequence[int], block_ids: Sequence[Sequence[int]]) -> None:
         """``block_ids``: for each group."""

@@ -135,7 +135,7 @@ class ModelRunner:
 
         logits_RV = self._model.logits(hidden_RH[: len(sampling)])
         rows_R, positions_R = rows_S[sampling], ends_S[sampling]
-        sampled = self._sampler.sample(logits_RV, rows_R, positions_R, self._tokens)
+        sampled = self._sampler.sample(logits_RV, rows_R, positions_R, self._tokens, plan.masks)
         fits = positions_R < self._tokens.shape[1]
         self._tokens[rows_R[fits], positions_R[fits]] = sampled.token_ids[fits]
         return StepResult(

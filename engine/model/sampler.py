@@ -1,10 +1,10 @@
 """From logits to tokens, for a whole batch at once; a row pays only for what its request asks for.
 
-The order of the operations is that of transformers: ``logit_bias``, penalties, ``min_tokens``, temperature,
-``top_k``, ``top_p``, ``min_p``. Each filter comes down to a *cut*, and a row keeps every token whose score
-is at least its highest cut: tokens that tie at a cut stay together, so no sort order can matter. Of those
-kept the largest score plus Gumbel noise wins, which draws from their softmax (Gumbel-max). Noise is keyed
-by request and position (``kernels.noise``): the draw is the same in any batch. Wherever tokens tie, the
+The order of the operations is that of transformers: masks, ``logit_bias``, penalties, ``min_tokens``,
+temperature, ``top_k``, ``top_p``, ``min_p``. Each filter comes down to a *cut*, and a row keeps every token
+whose score is at least its highest cut: tokens that tie at a cut stay together, so no sort order can matter.
+Of those kept the largest score plus Gumbel noise wins, which draws from their softmax (Gumbel-max). Noise is
+keyed by request and position (``kernels.noise``): the draw is the same in any batch. Wherever tokens tie, the
 lowest id wins.
 
 Shapes: ``R`` rows of the batch, ``V`` vocabulary, ``W`` longest history, ``E`` survivors of the filters of
@@ -12,13 +12,14 @@ all rows together. Other leading letters number a subset of the rows: ``A`` adju
 random, ``F`` filtered, ``L`` with logprobs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from tidegate.engine.constraint import Mask, allowed_tokens
 from tidegate.engine.messages import Logprob, PositionLogprobs
 from tidegate.engine.step import RowSetup
 from tidegate.kernels.noise import gumbel_noise, noise_keys
@@ -131,19 +132,23 @@ class Sampler:
         rows_R: npt.NDArray[np.int64],
         positions_R: npt.NDArray[np.int64],
         tokens: npt.NDArray[np.int32],
+        masks: Mapping[int, Mask] | None = None,
     ) -> Sampled:
         """The token of each row for ``positions_R``, its place in the sequence.
 
-        ``tokens`` is the table of all rows' tokens, known up to that position. May overwrite the logits.
+        ``tokens`` is the table of all rows' tokens, known up to that position; ``masks`` have, by row, the
+        tokens that may be chosen, where not all may. May overwrite the logits.
         """
         parameters_R = self._parameters[rows_R]
-        if parameters_R["plain"].all():
+        if not masks and parameters_R["plain"].all():
             return Sampled(*self._argmax(logits_RV), [None] * len(rows_R))
 
         logits_RV = logits_RV.float()
         finite_R = _finite(logits_RV)
         reported = np.flatnonzero(parameters_R["logprobs"] != _NO_LOGPROBS)
         raw_LV = logits_RV[reported]
+        if masks:
+            _apply_masks(logits_RV, rows_R, masks)
         self._adjust(logits_RV, parameters_R, rows_R, positions_R, tokens)
 
         token_ids_R = np.empty(len(rows_R), np.int64)
@@ -183,6 +188,14 @@ class Sampler:
         for i in np.flatnonzero(num_outputs_R < parameters_R["min_tokens"]).tolist():
             stop_ids = [token for token in self._stop_ids[rows_R[i]] if token < logits_RV.shape[1]]
             logits_RV[i, stop_ids] = -torch.inf
+
+
+def _apply_masks(logits_RV: torch.Tensor, rows_R: npt.NDArray[np.int64], masks: Mapping[int, Mask]) -> None:
+    """In place."""
+    for i, row in enumerate(rows_R.tolist()):
+        if row in masks:
+            allowed_V = allowed_tokens(masks[row], logits_RV.shape[1])
+            logits_RV[i].masked_fill_(torch.from_numpy(~allowed_V), -torch.inf)
 
 
 def _finite(logits_RV: torch.Tensor) -> npt.NDArray[np.bool_]:

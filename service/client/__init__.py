@@ -51,6 +51,7 @@ from tidegate.service.client.messages import (
     PromptLogprobs,
     Response,
     Sampling,
+    StructuredOutput,
     Timings,
     Usage,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "Session",
     "SessionStream",
     "Stream",
+    "StructuredOutput",
     "TidegateError",
     "Timings",
     "Unavailable",

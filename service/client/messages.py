@@ -4,6 +4,7 @@ The fields are those of the ``.proto`` files, which say what each one means. Enu
 case of the protos' names without their prefix (``"max_tokens"``, ``"parked"``), and may grow.
 """
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,16 @@ Message = Mapping[str, str]
 
 PromptInput = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or a chat."""
+
+
+class StructuredOutput(TypedDict, total=False):
+    """What the output must be: ``tidegate.v1.StructuredOutput``, exactly one field."""
+
+    json_schema: str | Mapping[str, Any]
+    """As text, or as the mapping that it stands for."""
+    regex: str
+    grammar: str
+    choices: Sequence[str]
 
 
 class Sampling(TypedDict, total=False):
@@ -46,6 +57,9 @@ class Sampling(TypedDict, total=False):
     prompt_logprobs: int
     logit_bias: Mapping[int, float]
     """By token id."""
+    allowed_token_ids: Sequence[int]
+    bad_words: Sequence[str]
+    structured_output: StructuredOutput
     skip_special_tokens: bool
 
 
@@ -232,10 +246,27 @@ def request_fields(prompt: PromptInput, options: Options) -> dict[str, Any]:
     sampling = {name: value for name, value in options.items() if name in Sampling.__annotations__}
     fields = {name: value for name, value in options.items() if name not in sampling}
     fields.setdefault("request_id", uuid.uuid4().hex)
+    if (form := options.get("structured_output")) is not None:
+        sampling["structured_output"] = _structured_output(form)
     return fields | {
         "prompt": prompt_message(prompt),
         "sampling": sampling_pb2.SamplingParams(**cast(Any, sampling)),
     }
+
+
+def _structured_output(form: StructuredOutput) -> sampling_pb2.StructuredOutput:
+    """Raises ``TypeError`` where it has not exactly one field, or another one."""
+    unknown = form.keys() - StructuredOutput.__annotations__.keys()
+    if unknown or len(form) != 1:
+        fields = ", ".join(StructuredOutput.__annotations__)
+        raise TypeError(f"structured_output takes exactly one of {fields}, not {', '.join(form) or 'none'}")
+    schema = form.get("json_schema")
+    if schema is not None:
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        return sampling_pb2.StructuredOutput(json_schema=text)
+    if "choices" in form:
+        return sampling_pb2.StructuredOutput(choices=sampling_pb2.ChoiceList(values=form["choices"]))
+    return sampling_pb2.StructuredOutput(**cast(Any, form))
 
 
 def continued_fields(prompt: PromptInput | None, options: Options) -> dict[str, Any]:

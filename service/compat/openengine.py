@@ -32,6 +32,7 @@ RELEASE = "v0.1.0"
 FINISH_REASONS = {
     FinishReason.STOP_TOKEN: openengine_pb2.FINISH_REASON_STOP,
     FinishReason.STOP_STRING: openengine_pb2.FINISH_REASON_STOP,
+    FinishReason.GRAMMAR_COMPLETE: openengine_pb2.FINISH_REASON_STOP,
     FinishReason.MAX_TOKENS: openengine_pb2.FINISH_REASON_LENGTH,
     FinishReason.CONTEXT_LENGTH: openengine_pb2.FINISH_REASON_LENGTH,
     FinishReason.DEADLINE: openengine_pb2.FINISH_REASON_CANCELLED,

@@ -38,6 +38,7 @@ CHUNK_BYTES = 60_000
 FINISH_REASONS = {
     FinishReason.STOP_TOKEN: "stop",
     FinishReason.STOP_STRING: "stop",
+    FinishReason.GRAMMAR_COMPLETE: "stop",
     FinishReason.MAX_TOKENS: "length",
     FinishReason.CONTEXT_LENGTH: "length",
     FinishReason.DEADLINE: "abort",

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import structlog
 from world import FakeTiers, Faults
 
+from tidegate.engine.constraints import Constraints
 from tidegate.engine.memory.groups import KVGroup
 from tidegate.engine.memory.prefix import BlockHasher
 from tidegate.engine.memory.tiers import BlockManager
@@ -59,7 +60,11 @@ def run(requests: int, kv_tokens: int, windows: tuple[int | None, ...]) -> tuple
         write_ahead=0,
     )
     scheduler = Scheduler(
-        limits, manager, eos_token_ids=frozenset(), bytes_per_second=lambda: tiers.bytes_per_second
+        limits,
+        manager,
+        Constraints(Path("nowhere"), 1000, ()),
+        eos_token_ids=frozenset(),
+        bytes_per_second=lambda: tiers.bytes_per_second,
     )
     rng = random.Random(1)
     params = SamplingParams(max_tokens=OUTPUT, ignore_eos=True)

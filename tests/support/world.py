@@ -10,9 +10,11 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
+from tidegate.engine.constraints import Constraints
 from tidegate.engine.core import EngineCore
 from tidegate.engine.memory.block import TRANSITIONS, Block, Event, State
 from tidegate.engine.memory.copies import Completion, CopyOp
@@ -327,6 +329,7 @@ class World:
                 write_ahead=self.write_ahead,
             ),
             self.manager,
+            Constraints(Path("nowhere"), VOCAB, [EOS]),
             eos_token_ids=frozenset({EOS}),
             bytes_per_second=lambda: self.tiers.bytes_per_second,
             now=self.clock,

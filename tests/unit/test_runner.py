@@ -227,7 +227,7 @@ def test_a_row_goes_on_from_a_block_that_it_shares(tiny, depth):
     blocks = [[setup(0, tokens).block_ids[0][0], 50]]
     copies = [(setup(0, tokens).block_ids[0][1], 50)]
     sharer = replace(setup(1, [*tokens, 7]), block_ids=blocks)
-    forked = runner.launch(StepPlan(1, [Chunk(1, 12, 1, True)], [sharer], [], copies))
+    forked = runner.launch(StepPlan(1, [Chunk(1, 12, 1, True)], [sharer], block_copies=copies))
     assert forked.result().token_ids == generate(tiny, {1: [*tokens, 7]}, steps=1)[1]
     runner.close()
 

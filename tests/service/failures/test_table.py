@@ -86,8 +86,10 @@ NO_CLIENT: dict[str, tuple[str, ...]] = {
 """Rows that no client sees: the server does not start, or nothing is to be noticed."""
 
 OF_ONE_FEATURE = {
+    "GRAMMAR_TOO_COMPLEX",
     "LEASES_FULL",
     "NO_CHAT_TEMPLATE",
+    "NO_TOKEN_ALLOWED",
     "OFFSET_OUT_OF_RANGE",
     "PARENT_GONE",
     "PARENT_RUNNING",
@@ -100,7 +102,8 @@ OF_ONE_FEATURE = {
     "SESSION_SUPERSEDED",
     "TOO_MANY_SESSIONS",
 }
-"""Reasons that are no row: the tests of turns, resuming, sessions and administration ask for them."""
+"""Reasons that are no row: the tests of turns, resuming, sessions, administration and constraints ask for
+them."""
 
 
 def arguments(test: str, folder: Path) -> set[str]:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import quantiles
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,7 @@ from unittest.mock import patch
 from laboratory.loads import Arrival, Load, Writer
 from laboratory.machines import Clock, Device, Link, Machine
 from tidegate.engine import policy
+from tidegate.engine.constraints import Constraints
 from tidegate.engine.core import EngineCore
 from tidegate.engine.memory.prefix import BlockHasher
 from tidegate.engine.memory.tiers import BlockManager
@@ -93,6 +95,7 @@ class Trial:
         scheduler = Scheduler(
             Limits(**{**limits, **variant.limits}),
             self.manager,
+            Constraints(Path("nowhere"), 50_000, ()),
             eos_token_ids=frozenset(),
             bytes_per_second=lambda: machine.link_bytes_per_second,
             now=self.clock,

@@ -61,8 +61,9 @@ def requests() -> list[Request]:
         ),
         SamplingParams(top_k=9, presence_penalty=0.5, frequency_penalty=0.3, max_tokens=5),
         msgspec.structs.replace(greedy, prompt_logprobs=2),
+        SamplingParams(allowed_token_ids=(3, 31, 32, 90), presence_penalty=0.5, logprobs=1, max_tokens=6),
     ]
-    prompts = [[9, 8, 7], prefix, [*prefix, 33, 44], [3], [*prefix, 33, 44, 55]]
+    prompts = [[9, 8, 7], prefix, [*prefix, 33, 44], [3], [*prefix, 33, 44, 55], [4, 5]]
     pairs = zip(prompts, asks, strict=True)
     return [
         Request(id=f"r{i}", prompt_token_ids=prompt, params=params, seed=i)
@@ -90,6 +91,7 @@ def test_its_tokens_are_those_of_the_cpu(folder, seed):
     swapped = core.stats().preemptions_swap
     core.close()
     assert got.tokens == expected.tokens
+    assert set(got.tokens["r5", 0]) <= {3, 31, 32, 90}
     assert swapped > 0
     assert_same_scores(got.prompt_logprobs["r4"], expected.prompt_logprobs["r4"])
 
