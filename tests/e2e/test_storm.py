@@ -28,8 +28,8 @@ NUM_REFERENCES = 20
 """Different undisturbed requests, whose tokens are known from before the storm."""
 RUSH = 0.5
 """Seconds within which everything starts."""
-STORM_SECONDS = 90.0
-"""More, and something hangs; on two idle cores it takes a tenth of it."""
+STORM_SECONDS = 400.0
+"""More, and something hangs; on two idle cores it takes ten."""
 
 SMALL_TIERS = (
     *("demo", "--dtype", "float32", "--block-size", "16", "--park-grace", "0.1"),
@@ -248,7 +248,7 @@ class Storm:
                 await generate_unary(channel, self._disturbed("unary short of time"), timeout)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 async def test_every_request_ends_once_and_no_block_stays_in_use(
     serve: Callable[..., Served], tmp_path: Path
 ) -> None:
