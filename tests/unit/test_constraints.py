@@ -235,6 +235,17 @@ def test_what_cannot_be_compiled_is_refused_with_the_field_and_the_reason(make, 
     assert len(violation.description) < 400
 
 
+def test_nothing_of_a_grammar_is_logged(make, capfd):
+    """Neither by us nor by the library, whether it compiles or not."""
+    for form in ({"regex": "kanari[0-9]"}, {"regex": "kanari("}, {"json_schema": '{"type": "kanari"}'}):
+        make(structured_output=StructuredOutput(**form))
+    make(bad_words=("kanari",), output=ids("a kanari"))
+    make(structured_output=StructuredOutput(grammar='start: "kanari" nope'))
+    make(structured_output=StructuredOutput(regex="kanari\ud800"))
+    said = capfd.readouterr()
+    assert "kanari" not in said.out + said.err
+
+
 def test_a_long_chain_of_rules_does_not_end_the_process(make):
     """The compiler descends into it, as deep as a text of the most characters can lead."""
     names = [f"r{i:x}" for i in range(1500)]
