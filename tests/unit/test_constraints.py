@@ -171,8 +171,9 @@ def test_special_tokens_are_no_text_of_a_bad_word(start):
     walk = start(bad_words=("kite",))
     assert SPECIAL in walk
     first, *rest = ids("k") + ids("ite")
-    walk.push([first, SPECIAL])
+    assert walk.push([first, SPECIAL]) is None
     assert walk.reach(rest) < len(rest)
+    assert walk.push([SPECIAL, *ids(" sea")]) is None
 
 
 def test_all_constraints_hold_at_once(start):
