@@ -45,7 +45,8 @@ FINISH_REASONS = {
     FinishReason.CANCELLED: "abort",
 }
 
-UNSUPPORTED = ("truncate_prompt_tokens",)
+ANY_OBJECT = '{"type": "object"}'
+UNSUPPORTED = ("truncate_prompt_tokens", "grammar", "structural_tag")
 """Sampling fields that would change the output; refused where they are set."""
 NUMBERS = (
     "temperature",
@@ -182,6 +183,17 @@ def _native(request: engine_pb2.GenerateRequest) -> inference_pb2.GenerateReques
         # Theirs is signed; any 64 bits are a seed here.
         ours.seed = theirs.seed % 2**64
     ours.logit_bias.update(theirs.logit_bias)
+    match theirs.WhichOneof("constraint"):
+        case "json_schema":
+            ours.structured_output.json_schema = theirs.json_schema
+        case "json_object":
+            ours.structured_output.json_schema = ANY_OBJECT
+        case "regex":
+            ours.structured_output.regex = theirs.regex
+        case "choice":
+            ours.structured_output.choices.values.extend(theirs.choice.choices)
+        case _:
+            pass  # none, or one that was refused
     if request.WhichOneof("input") == "text":
         prompt = prompt_pb2.Prompt(text=request.text)
     else:
@@ -202,8 +214,7 @@ def _violations(request: engine_pb2.GenerateRequest) -> Iterable[Violation]:
         yield Violation("extra_mm_inputs", "not supported")
     sampling = request.sampling_params
     present = {field.name for field, _ in sampling.ListFields()}
-    constraint = sampling.WhichOneof("constraint")
-    for name in (*UNSUPPORTED, *((constraint,) if constraint else ())):
+    for name in UNSUPPORTED:
         if name in present:
             yield Violation(f"sampling_params.{name}", "not supported yet")
     for name in ("logprobs", "prompt_logprobs"):

@@ -28,6 +28,7 @@ FEATURES = (
     "completions",
     "responses",
     "sampling",
+    "json_schema",
     "choices",
     "two_at_once",
     "logprobs",

@@ -88,7 +88,7 @@ async def test_without_stream_the_end_alone_holds_everything(front: Front) -> No
 
 async def test_what_we_cannot_do_is_refused_by_name_and_all_at_once(front: Front) -> None:
     request = vllm_request(
-        front, "x", json_schema="{}", logit_bias={-1: 2.0}, prompt_logprobs=-1, logprobs=-1
+        front, "x", grammar="root ::= x", logit_bias={-1: 2.0}, prompt_logprobs=-1, logprobs=-1
     )
     request.mm_inputs.SetInParent()
     request.kv_transfer_params_json = "{}"
@@ -97,7 +97,7 @@ async def test_what_we_cannot_do_is_refused_by_name_and_all_at_once(front: Front
     assert set(refusal.violations) == {
         "mm_inputs",
         "kv_transfer_params_json",
-        "sampling_params.json_schema",
+        "sampling_params.grammar",
         "sampling_params.logit_bias",
         "sampling_params.prompt_logprobs",
         "sampling_params.logprobs",
@@ -136,6 +136,25 @@ async def test_more_logprobs_of_a_prompt_than_a_message_holds_are_refused(
     refusal = await refusal_of(vllm(front).Generate(vllm_request(front, "xx", prompt_logprobs=20)))
     assert list(refusal.violations) == ["sampling_params.prompt_logprobs"]
     assert not front.engine.running
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"json_schema": '{"type": "null"}'}, {"json_schema": '{"type": "null"}'}),
+        ({"json_object": True}, {"json_schema": '{"type": "object"}'}),
+        ({"regex": "a+"}, {"regex": "a+"}),
+        ({"choice": {"choices": ["a", "b"]}}, {"choices": ("a", "b")}),
+    ],
+)
+async def test_a_constraint_reaches_the_engine(
+    front: Front, theirs: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    async for _ in vllm(front).Generate(vllm_request(front, "x", max_tokens=1, **theirs)):
+        pass
+    (submit,) = front.engine.sent(Submit)
+    form = submit.request.params.structured_output
+    assert {name: getattr(form, name) for name in ours} == ours
 
 
 async def test_a_bias_reaches_the_engine(front: Front) -> None:

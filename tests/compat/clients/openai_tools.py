@@ -13,7 +13,15 @@ MESSAGES: Any = [{"role": "user", "content": "Tell me a story about a kite."}]
 TOKENS = 40
 GREEDY: Any = {"model": MODEL, "max_tokens": 30, "messages": MESSAGES, "extra_body": {"temperature": 0}}
 """For Anthropic's package, which has no argument for the temperature."""
-SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "any", "schema": {"type": "object"}}}
+ANSWER: Any = {"type": "object", "properties": {"sunny": {"type": "boolean"}}, "required": ["sunny"]}
+ANSWER["additionalProperties"] = False
+
+
+def form(schema: Any) -> Any:
+    return {"type": "json_schema", "json_schema": {"name": "form", "schema": schema}}
+
+
+BAD_SCHEMA = form({"type": "no type"})
 
 
 class Clients:
@@ -110,6 +118,11 @@ def sampling(clients: Clients) -> None:
     assert ended.usage.completion_tokens < 500
 
 
+def json_schema(clients: Clients) -> None:
+    text = clients.chat(response_format=form(ANSWER), max_tokens=200).choices[0].message.content
+    assert isinstance(json.loads(text)["sunny"], bool)
+
+
 def choices(clients: Clients) -> None:
     first, second = (choice.message.content for choice in clients.chat(n=2, temperature=1, seed=3).choices)
     assert first != second
@@ -159,7 +172,7 @@ def refusal(clients: Clients, **options: Any) -> str:
 
 def errors(clients: Clients) -> None:
     refusal(clients, max_tokens=10**6)
-    refusal(clients, response_format=SCHEMA)
+    refusal(clients, response_format=BAD_SCHEMA)
     refusal(clients, messages=[{"role": "user", "content": "Tell me a story. " * 1000}])
     try:
         clients.openai.chat.completions.create(model="another", messages=MESSAGES)
@@ -171,7 +184,7 @@ def errors(clients: Clients) -> None:
 def reasons(clients: Clients) -> None:
     """A refusal names what is wrong."""
     assert "max_tokens" in refusal(clients, max_tokens=10**6)
-    assert "json_schema" in refusal(clients, response_format=SCHEMA)
+    assert "json_schema" in refusal(clients, response_format=BAD_SCHEMA)
 
 
 def client_drop(clients: Clients) -> None:
@@ -206,6 +219,7 @@ FEATURES = {
         completions,
         responses,
         sampling,
+        json_schema,
         choices,
         twice,
         two_at_once,
