@@ -27,6 +27,7 @@ from tidegate.service.client import (
     Options,
     PositionLogprobs,
     Response,
+    StructuredOutput,
     TidegateError,
 )
 from tidegate.service.connection import Credentials
@@ -46,6 +47,12 @@ FINISH_REASONS = {
     "max_tokens": "length",
     "context_length": "length",
 }
+WRAPPER = {"name", "description", "strict", "schema"}
+"""Fields around a schema. ``strict`` or not, a schema is kept to."""
+ANY_OBJECT = {"type": "object"}
+SCHEMA = "body.response_format.json_schema.schema"
+BODY_FIELDS = {"sampling.structured_output.json_schema": SCHEMA}
+"""What the server's violations name, by where a body has it."""
 
 Json = dict[str, Any]
 _Words = dict[int, str]
@@ -131,7 +138,10 @@ async def _answer(client: AsyncClient, job: Job, words: _Words) -> Json:
         if not error.reason:
             raise  # no word of a server's
         status = HTTP_STATUS.get(error.code.name, 500)
-        details = "; ".join(f"{violation.field}: {violation.description}" for violation in error.violations)
+        details = "; ".join(
+            f"{BODY_FIELDS.get(violation.field, violation.field)}: {violation.description}"
+            for violation in error.violations
+        )
         return _line(
             job, request_id, status, {"message": details or str(error), "code": error.reason.lower()}
         )
@@ -260,9 +270,7 @@ def _job(custom_id: str, request: Mapping[str, Any]) -> Job:
         raise BadLine(f"method and url must be POST and one of {CHAT}, {TEXT}")
     if not isinstance(body, dict):
         raise BadLine("body must be a JSON object")
-    rest = {
-        name: value for name, value in body.items() if value is not None and name not in ("model", "stream")
-    }
+    rest = {name: value for name, value in body.items() if value is not None and name not in IGNORED}
     prompt = rest.pop("messages" if url == CHAT else "prompt", None)
     if prompt is None:
         raise BadLine(f"body.{'messages' if url == CHAT else 'prompt'} is missing")
@@ -278,6 +286,8 @@ def _job(custom_id: str, request: Mapping[str, Any]) -> Job:
         del rest["logprobs"]
     if "logit_bias" in rest:
         options["logit_bias"] = _logit_bias(rest.pop("logit_bias"))
+    if "response_format" in rest and (form := _response_format(rest.pop("response_format"))):
+        options["structured_output"] = form
     if "stop" in rest:
         stop = rest.pop("stop")
         options["stop"] = [stop] if isinstance(stop, str) else stop
@@ -292,3 +302,23 @@ def _logit_bias(given: Any) -> dict[int, float]:
         return {int(token_id): float(bias) for token_id, bias in given.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise BadLine("body.logit_bias must be an object of numbers by token id") from error
+
+
+def _response_format(given: Any) -> StructuredOutput | None:
+    """None for text, which has no form. Raises ``BadLine``."""
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind not in ("text", "json_object", "json_schema"):
+        raise BadLine("body.response_format.type must be one of text, json_object, json_schema")
+    unknown = given.keys() - {"type", *(("json_schema",) if kind == "json_schema" else ())}
+    if unknown:
+        raise BadLine(f"not supported: body.response_format.{min(unknown)}")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_schema": ANY_OBJECT}
+    wrapper = given.get("json_schema")
+    if not isinstance(wrapper, dict) or not isinstance(wrapper.get("schema"), dict):
+        raise BadLine(f"{SCHEMA} must be an object")
+    if unknown := wrapper.keys() - WRAPPER:
+        raise BadLine(f"not supported: body.response_format.json_schema.{min(unknown)}")
+    return {"json_schema": wrapper["schema"]}

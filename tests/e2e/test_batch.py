@@ -12,6 +12,12 @@ from served import Served, served
 TIDEGATE = Path(sys.executable).with_name("tidegate")
 CHAT = "/v1/chat/completions"
 STORY = [{"role": "user", "content": "Tell me a story about a kite."}]
+SHAPE = {
+    "type": "object",
+    "properties": {"sunny": {"type": "boolean"}, "wind": {"enum": ["weak", "strong"]}},
+    "required": ["sunny", "wind"],
+    "additionalProperties": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +29,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def request(custom_id: str, url: str = "/v1/completions", **body: Any) -> dict[str, Any]:
     body = {"model": "demo", "max_tokens": 12, "temperature": 0, **body}
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+def form(schema: Any, **more: Any) -> dict[str, Any]:
+    """As OpenAI's packages wrap a schema."""
+    return {"type": "json_schema", "json_schema": {"name": "form", "strict": True, "schema": schema, **more}}
 
 
 def batch(folder: Path, server: Served, requests: list[Any]) -> tuple[int, dict[str, Any], str]:
@@ -76,6 +87,29 @@ def test_chats_and_completions_are_answered_as_openai_would(tmp_path: Path, serv
     assert len(set(biased["text"])) == 1
 
 
+def test_an_answer_has_the_form_that_a_line_asks_for(tmp_path: Path, server: Served) -> None:
+    status, answers, _ = batch(
+        tmp_path,
+        server,
+        [
+            request("plain", CHAT, messages=STORY),
+            request("text", CHAT, messages=STORY, user="u", response_format={"type": "text"}),
+            request("object", CHAT, messages=STORY, response_format={"type": "json_object"}),
+            request("schema", CHAT, messages=STORY, max_tokens=200, response_format=form(SHAPE)),
+        ],
+    )
+    assert status == 0
+    plain, text, any_object, schema = (
+        answers[name]["response"]["body"]["choices"][0] for name in ("plain", "text", "object", "schema")
+    )
+    assert text == plain
+    assert any_object["message"]["content"].startswith("{")
+    value = json.loads(schema["message"]["content"])
+    assert isinstance(value.pop("sunny"), bool)
+    assert value in ({"wind": "weak"}, {"wind": "strong"})
+    assert schema["finish_reason"] == "stop"
+
+
 def test_a_line_that_cannot_be_run_is_answered_with_its_fault_and_the_others_go_on(
     tmp_path: Path, server: Served
 ) -> None:
@@ -88,6 +122,11 @@ def test_a_line_that_cannot_be_run_is_answered_with_its_fault_and_the_others_go_
             request("unknown", prompt="Once", echo=True),
             request("bias", prompt="Once", logit_bias={"ten": 2}),
             request("type", prompt="Once", max_tokens="many"),
+            request("form", prompt="Once", response_format={"type": "xml"}),
+            request("form_more", prompt="Once", response_format={"type": "text", "schema": {}}),
+            request("no_schema", prompt="Once", response_format={"type": "json_schema"}),
+            request("wrapper", prompt="Once", response_format=form(SHAPE, order="any")),
+            request("schema", prompt="Once", response_format=form({"type": "no type"})),
             request("url", "/v1/embeddings"),
             request("empty"),
         ],
@@ -99,12 +138,17 @@ def test_a_line_that_cannot_be_run_is_answered_with_its_fault_and_the_others_go_
         ("unknown", "body.echo"),
         ("bias", "body.logit_bias"),
         ("type", "type"),
+        ("form", "body.response_format.type"),
+        ("form_more", "body.response_format.schema"),
+        ("no_schema", "body.response_format.json_schema.schema"),
+        ("wrapper", "body.response_format.json_schema.order"),
+        ("schema", "body.response_format.json_schema.schema"),
         ("url", "/v1/chat/completions"),
         ("empty", "body.prompt"),
     ):
         assert answers[name]["response"]["status_code"] == 400
         assert word in answers[name]["error"]["message"]
-    assert "1 answered, 6 failed" in said
+    assert "1 answered, 11 failed" in said
 
 
 def test_a_batch_that_was_cut_off_goes_on_where_it_stopped(tmp_path: Path, server: Served) -> None:
