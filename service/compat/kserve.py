@@ -33,7 +33,7 @@ FINAL = "triton_final_response"
 MODEL_VERSION = "1"
 IGNORED_PARAMETERS = ("triton_enable_empty_final_response",)
 """What clients say about how they read, and is so anyway."""
-LISTS = ("stop", "stop_token_ids")
+LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
 """Sampling fields that hold several values; a parameter holds one."""
 
 Infer = grpc_service_pb2.ModelInferRequest

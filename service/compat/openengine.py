@@ -39,6 +39,9 @@ FINISH_REASONS = {
     FinishReason.CANCELLED: openengine_pb2.FINISH_REASON_CANCELLED,
 }
 
+ANY_OBJECT = '{"type": "object"}'
+GUIDES = ("json_schema", "json_object", "regex", "choice")
+"""What an output can be held to. Their grammars are in another notation than ours."""
 SAME_SAMPLING = (
     "temperature",
     "top_p",
@@ -124,7 +127,7 @@ class Control(openengine_pb2_grpc.ControlServicer):
                     candidate_selection_modes=[openengine_pb2.CANDIDATE_TOKEN_SELECTION_MODE_TOP_N],
                     max_top_n=MAX_LOGPROBS,
                 ),
-                guided_decoding=openengine_pb2.GuidedDecodingCapabilities(supported=False),
+                guided_decoding=openengine_pb2.GuidedDecodingCapabilities(supported=True),
                 max_num_sequences=MAX_CHOICES,
                 supports_priority=False,
                 supports_stop_in_output=True,
@@ -198,6 +201,8 @@ def _native(request: GenerateRequest) -> inference_pb2.GenerateRequest:
             ours.stop.append(condition.stop_text)
         else:
             ours.stop_token_ids.append(condition.stop_token_id)
+    if request.HasField("guided"):
+        ours.structured_output.CopyFrom(_form(request.guided))
     ours.include_stop = request.stopping.include_stop_in_output
     if request.response.return_output_logprobs or request.response.HasField("output_candidates"):
         ours.logprobs = request.response.output_candidates.top_n
@@ -211,7 +216,22 @@ def _native(request: GenerateRequest) -> inference_pb2.GenerateRequest:
     return native
 
 
+def _form(guided: openengine_pb2.GuidedDecoding) -> sampling_pb2.StructuredOutput:
+    """Of one of ``GUIDES``."""
+    match guided.WhichOneof("guide"):
+        case "json_schema":
+            return sampling_pb2.StructuredOutput(json_schema=guided.json_schema)
+        case "regex":
+            return sampling_pb2.StructuredOutput(regex=guided.regex)
+        case "choice":
+            choices = sampling_pb2.ChoiceList(values=guided.choice.choices)
+            return sampling_pb2.StructuredOutput(choices=choices)
+        case _:
+            return sampling_pb2.StructuredOutput(json_schema=ANY_OBJECT)
+
+
 def _violations(request: GenerateRequest) -> Iterable[Violation]:
+    guide = request.guided.WhichOneof("guide") or "guide"
     refused = {
         "kv.session": request.kv.HasField("session"),
         "kv.bypass_prefix_cache": request.kv.bypass_prefix_cache,
@@ -221,7 +241,8 @@ def _violations(request: GenerateRequest) -> Iterable[Violation]:
         # Of a prefill worker, which wants the prompt's KV alone. The protocol has an engine pass over what
         # else it does not know of these.
         "extra.request_type": "request_type" in request.extra.fields,
-        f"guided.{request.guided.WhichOneof('guide') or 'guide'}": request.HasField("guided"),
+        f"guided.{guide}": request.HasField("guided") and guide not in GUIDES,
+        "guided.backend": request.guided.backend,
         "response.return_prompt_logprobs": request.response.return_prompt_logprobs,
         "response.prompt_candidates": request.response.HasField("prompt_candidates"),
         "response.output_candidates.token_ids": request.response.output_candidates.HasField("token_ids"),

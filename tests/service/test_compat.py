@@ -21,7 +21,7 @@ from tidegate.compat.openengine import openengine_pb2, openengine_pb2_grpc
 from tidegate.compat.vllm import common_pb2, engine_pb2, engine_pb2_grpc
 from tidegate.engine.demo import checkpoint_path
 from tidegate.engine.messages import Finish, Submit
-from tidegate.engine.request import SamplingParams
+from tidegate.engine.request import SamplingParams, StructuredOutput
 from tidegate.service.compat import vllm as vllm_door
 from tidegate.service.compat.protocols import PROTOCOLS, SERVICES, Compat
 from tidegate.v1 import inference_pb2
@@ -254,6 +254,33 @@ async def test_all_that_dynamo_says_of_sampling_reaches_the_engine(front: Front)
     )
 
 
+@pytest.mark.parametrize(
+    ("guided", "ours"),
+    [
+        ({"json_schema": '{"type": "null"}'}, {"json_schema": '{"type": "null"}'}),
+        ({"json_object": {}}, {"json_schema": '{"type": "object"}'}),
+        ({"regex": "a+"}, {"regex": "a+"}),
+        ({"choice": {"choices": ["a", "b"]}}, {"choices": ("a", "b")}),
+    ],
+)
+async def test_a_guide_reaches_the_engine(front: Front, guided: dict[str, Any], ours: dict[str, Any]) -> None:
+    request = dynamo_request(front, "x", max_tokens=1)
+    request.guided.CopyFrom(openengine_pb2.GuidedDecoding(**guided))
+    async for _ in inference(front).Generate(request):
+        pass
+    (submit,) = front.engine.sent(Submit)
+    assert submit.request.params.structured_output == StructuredOutput(**ours)
+
+
+@pytest.mark.parametrize("guided", [{}, {"choice": {}}])
+async def test_a_guide_that_says_nothing_is_refused(front: Front, guided: dict[str, Any]) -> None:
+    request = dynamo_request(front, "x")
+    request.guided.CopyFrom(openengine_pb2.GuidedDecoding(**guided))
+    refusal = await refusal_of(inference(front).Generate(request))
+    assert refusal.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert not front.engine.commands
+
+
 async def test_what_is_not_served_of_the_protocol_is_unimplemented(front: Front) -> None:
     call = front.channel.unary_unary("/openengine.v1.Control/ListLoras")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -337,7 +364,8 @@ async def test_what_an_engine_of_dynamo_may_be_asked_for_and_we_cannot_do_is_ref
     request.kv.session.SetInParent()
     request.kv.cache_salt = "salt"
     request.kv.bypass_prefix_cache = True
-    request.guided.regex = "a*"
+    request.guided.ebnf_grammar = 'root ::= "a"'
+    request.guided.backend = "xgrammar"
     request.media.add()
     request.lora_name = "adapter"
     request.extra["request_type"] = "context_only"
@@ -352,7 +380,8 @@ async def test_what_an_engine_of_dynamo_may_be_asked_for_and_we_cannot_do_is_ref
         "kv.session",
         "kv.cache_salt",
         "kv.bypass_prefix_cache",
-        "guided.regex",
+        "guided.ebnf_grammar",
+        "guided.backend",
         "media",
         "lora_name",
         "extra.request_type",
@@ -440,8 +469,7 @@ async def test_a_framework_finds_server_capabilities_load_and_health(front: Fron
     assert server.capacity.max_running_requests == 7
     model = await control(front).GetModelInfo(openengine_pb2.GetModelInfoRequest(model="fake"))
     assert model.generation.output_logprobs.supported
-    assert not model.generation.guided_decoding.supported
-    assert model.generation.guided_decoding.HasField("supported")
+    assert model.generation.guided_decoding.supported
     front.engine.step_seconds = 0.01
     call = inference(front).Generate(dynamo_request(front, "the tide", max_tokens=900, ignore_eos=True))
     await call.read()
@@ -507,6 +535,22 @@ async def test_an_inference_gives_the_native_text(front: Front, raw: bool) -> No
     assert response.parameters["finish_reason"].string_param == "max_tokens"
 
 
+async def test_constraints_of_an_inference_reach_the_engine(front: Front) -> None:
+    request = infer_request("x", max_tokens=1, bad_words="tide")
+    set_sampling_parameters(
+        request,
+        """{
+            "logit_bias": {"5": -1.5}, "allowed_token_ids": [5, 6],
+            "structured_output": {"choices": {"values": ["a", "b"]}}
+        }""",
+    )
+    await kserve(front).ModelInfer(request)
+    (submit,) = front.engine.sent(Submit)
+    params = submit.request.params
+    assert (params.logit_bias, params.allowed_token_ids, params.bad_words) == ({5: -1.5}, (5, 6), ("tide",))
+    assert params.structured_output == StructuredOutput(choices=("a", "b"))
+
+
 async def test_requests_of_a_stream_run_side_by_side_and_a_wrong_one_hurts_none(front: Front) -> None:
     front.engine.step_seconds = 0.005
     call = kserve(front).ModelStreamInfer()
@@ -562,6 +606,10 @@ async def test_a_message_that_cannot_be_read_ends_the_stream_with_its_status(fro
         (lambda r: r.raw_input_contents.append(b"\x09\x00\x00\x00ab"), "inputs.text_input"),
         (lambda r: setattr(r.parameters["n"], "int64_param", 2), "parameters.n"),
         (lambda r: set_sampling_parameters(r, '{"temprature": 1}'), "inputs.sampling_parameters"),
+        (
+            lambda r: set_sampling_parameters(r, '{"structured_output": {"json": 1}}'),
+            "inputs.sampling_parameters",
+        ),
         (lambda r: set_sampling_parameters(r, "[" * 100_000), "inputs.sampling_parameters"),
     ],
 )
