@@ -13,7 +13,7 @@ from tidegate.engine.memory.tiers import BlockManager
 from tidegate.engine.messages import ProgressKind
 from tidegate.engine.request import Request, Violation
 from tidegate.engine.roster import Roster
-from tidegate.engine.sequence import Sequence
+from tidegate.engine.sequence import Sequence, Status
 
 
 class Admission:
@@ -114,6 +114,38 @@ class Admission:
     def stop_ids(self, request: Request, token_ids: tuple[int, ...]) -> frozenset[int]:
         """The tokens that end the request's choices: ``token_ids``, and the model's own."""
         return frozenset(token_ids) | (frozenset() if request.params.ignore_eos else self._eos)
+
+    def take_constraints(self) -> list[Sequence]:
+        """Let those go on whose constraints were made meanwhile, or refuse them.
+
+        The rest, whose output was a whole sentence when it came, are returned: to be ended.
+        """
+        complete = []
+        for request, constraints, violations in self._constraints.take_made():
+            choices = [seq for seq in self._roster.requests.get(request.id, ()) if seq.request is request]
+            if choices and violations:
+                self._refuse(choices, violations)
+                continue
+            for seq in choices:
+                seq.constraint, seq.awaits_constraint = constraints[seq.choice], False
+            for seq in choices:
+                if seq.constraint is not None and seq.constraint.is_complete:
+                    complete.append(seq)
+                elif seq in self._roster.idle and seq.may_sample:
+                    self._roster.leave(seq)
+                    self._eviction.place(seq)
+        return complete
+
+    def _refuse(self, choices: list[Sequence], violations: list[Violation]) -> None:
+        """All choices of a request of which nothing has run."""
+        for seq in choices:
+            self._roster.leave(seq)
+            seq.generation += 1
+            seq.siblings = []
+            seq.status = Status.FINISHED
+            self._manager.release(seq.table)
+            self._roster.remove(seq)
+        self._journal.refused(choices[0].request.id, violations)
 
     def find_row(self, seq: Sequence) -> bool:
         """Whether there is a row to take; where there is none, a less urgent sequence gives up its own."""

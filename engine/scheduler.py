@@ -36,7 +36,7 @@ from tidegate.engine.messages import (
     Update,
 )
 from tidegate.engine.report import Reporter
-from tidegate.engine.request import FinishReason, Violation
+from tidegate.engine.request import FinishReason
 from tidegate.engine.roster import Roster
 from tidegate.engine.sequence import MAX_STEP_FAILURES, Sequence, Status
 from tidegate.engine.step import Chunk, RowSetup, StepOutOfMemory, StepPlan, StepResult
@@ -171,7 +171,8 @@ class Scheduler:
         self._eviction.note_truncated()
         self._eviction.timers.run_due(self._now())
         self._eviction.announce_parked()
-        self._take_constraints()
+        for seq in self._admission.take_constraints():
+            self._finish(seq, FinishReason.GRAMMAR_COMPLETE)
         step = ScheduledStep(StepPlan(self._eviction.step_id + 1), [])
         self._short_of_room = -math.inf
         if not self._plan_suspect(step):
@@ -433,22 +434,6 @@ class Scheduler:
 
     # What may come next
 
-    def _take_constraints(self) -> None:
-        """Let those go on whose constraints were made meanwhile."""
-        for request, constraints, violations in self._constraints.take_made():
-            choices = [seq for seq in self._choices(request.id) if seq.request is request]
-            if choices and violations:
-                self._refuse(choices, violations)
-                continue
-            for seq in choices:
-                seq.constraint, seq.awaits_constraint = constraints[seq.choice], False
-            for seq in choices:
-                if seq.constraint is not None and seq.constraint.is_complete:
-                    self._finish(seq, FinishReason.GRAMMAR_COMPLETE)
-                elif seq in self._roster.idle and seq.may_sample:
-                    self._roster.leave(seq)
-                    self._eviction.place(seq)
-
     def _compute_masks(self, sequences: list[Sequence]) -> None:
         """For the next step; those that run into an end have it here."""
         due = [
@@ -466,17 +451,6 @@ class Scheduler:
                 self._finish(seq, FinishReason.GRAMMAR_COMPLETE)
 
     # Ending
-
-    def _refuse(self, choices: list[Sequence], violations: list[Violation]) -> None:
-        """All choices of a request of which nothing has run."""
-        for seq in choices:
-            self._roster.leave(seq)
-            seq.generation += 1
-            seq.siblings = []
-            seq.status = Status.FINISHED
-            self._manager.release(seq.table)
-            self._roster.remove(seq)
-        self._journal.refused(choices[0].request.id, violations)
 
     def _end(
         self, request_id: str, reason: FinishReason, choice: int | None = None, at_offset: int | None = None
