@@ -11,9 +11,8 @@ prompts, ``H`` hidden size, ``V`` vocabulary, ``X`` rows, ``L`` positions of a r
 pool's ``NLCKBD`` stands in ``engine.memory.layout``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,22 +23,20 @@ from tidegate.engine.constraint import Mask
 from tidegate.engine.device.streams import Device, Event
 from tidegate.engine.memory.groups import FULL_ATTENTION, KVGroup
 from tidegate.engine.memory.layout import BlockLayout
-from tidegate.engine.messages import PositionLogprobs
 from tidegate.engine.model.cuda_graphs import DecodeGraphs
+from tidegate.engine.model.cuda_results import LaunchedStep, Part, Places
 from tidegate.engine.model.cuda_sampling import (
     REPORT_WORDS,
     Extras,
     ExtraSampling,
     line_words,
     parameters,
-    read_lines,
-    read_reports,
     report,
     sample_with_extras,
 )
 from tidegate.engine.model.cuda_state import PADDING_ROW, DeviceState
 from tidegate.engine.model.scoring import Scores, scores_of, slices
-from tidegate.engine.step import Chunk, DeviceLost, StepHandle, StepOutOfMemory, StepPlan, StepResult
+from tidegate.engine.step import Chunk, DeviceLost, StepHandle, StepOutOfMemory, StepPlan
 from tidegate.kernels.triton.attention import AttentionBatch
 from tidegate.kernels.triton.prefill_attention import PREFILL_TILE_FIELDS, prefill_tiles
 from tidegate.kernels.triton.sampling import sample
@@ -83,95 +80,6 @@ class CudaModel(Protocol):
 
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """RV, of any rows of hidden states."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Chunks that were computed together: a whole step, but where memory ran out."""
-
-    num_samples: int
-    extras: Extras | None
-    scores: Scores
-
-    @property
-    def report_words(self) -> int:
-        return 0 if self.extras is None else self.extras.report_words
-
-    @property
-    def score_words(self) -> int:
-        return len(self.scores) * line_words(self.scores.counts_P)
-
-
-class _Places(NamedTuple):
-    """Words of the ring where a part's results go."""
-
-    samples: int
-    reports: int
-    scores: int
-
-
-@dataclass(slots=True)
-class _Step:
-    """A step under way, or one that has ended."""
-
-    began: Event
-    done: Event
-    words: npt.NDArray[np.int32]
-    """Its part of the ring."""
-    first: _Places
-    """Within ``words``: two words a sample, behind them reports, behind those scores of prompts."""
-    first_word: int
-    """Of the ring."""
-    is_lost: Callable[[Exception], bool]
-    parts: list[_Part] = field(default_factory=list)
-    error: Exception | None = None
-    outcome: StepResult | None = None
-
-    @property
-    def places(self) -> _Places:
-        """Those of the next part."""
-        first, parts = self.first, self.parts
-        return _Places(
-            self.first_word + first.samples + 2 * sum(part.num_samples for part in parts),
-            self.first_word + first.reports + sum(part.report_words for part in parts),
-            self.first_word + first.scores + sum(part.score_words for part in parts),
-        )
-
-    def result(self) -> StepResult:
-        if self.error is None and self.outcome is None:
-            try:
-                self.done.synchronize()
-                self.outcome = self._read(self.done.seconds_since(self.began))
-            except Exception as error:  # noqa: BLE001 - raised below, and again whenever asked for
-                self.error = DeviceLost(str(error)) if self.is_lost(error) else error
-        if self.outcome is None:
-            raise self.error or RuntimeError("a step ended without a result")
-        return self.outcome
-
-    def settle(self) -> None:
-        """Take the result out of the ring, whose words are wanted for another step."""
-        if self.error is None:
-            self.result()
-
-    def _read(self, seconds: float) -> StepResult:
-        count = sum(part.num_samples for part in self.parts)
-        token_ids, finite = self.words[: 2 * count].reshape(-1, 2).T.tolist() if count else ([], [])
-        logprobs: list[PositionLogprobs | None] = []
-        prompt_logprobs: list[PositionLogprobs] = []
-        _, place, score_place = self.first
-        for part in self.parts:
-            mine = token_ids[len(logprobs) : len(logprobs) + part.num_samples]
-            if part.extras is None:
-                logprobs += [None] * part.num_samples
-            else:
-                logprobs += read_reports(self.words[place:], part.extras, mine)
-            place += part.report_words
-            scores = part.scores
-            prompt_logprobs += read_lines(
-                self.words[score_place:], scores.token_ids_P.tolist(), scores.counts_P
-            )
-            score_place += part.score_words
-        return StepResult(token_ids, [bool(flag) for flag in finite], logprobs, seconds, prompt_logprobs)
 
 
 class CudaRunner:
@@ -218,12 +126,12 @@ class CudaRunner:
         self._graphs = DecodeGraphs(device, self.stream, max_rows)
 
         reports = 2 * max_rows
-        self._first = _Places(0, reports, reports + REPORT_WORDS * max_rows)
+        self._first = Places(0, reports, reports + REPORT_WORDS * max_rows)
         self._ring_words = self._first.scores + REPORT_WORDS * self._most_tokens
         self._ring = device.pinned(_STEPS * self._ring_words)
         self._ring_on_host = self._ring.numpy()
         self._events = [(device.event(), device.event()) for _ in range(_STEPS)]
-        self._steps: list[_Step | None] = [None] * _STEPS
+        self._steps: list[LaunchedStep | None] = [None] * _STEPS
         self._next = 0
         self.last_done: Event | None = None
         """Behind the last step launched: copies wait for it."""
@@ -237,7 +145,7 @@ class CudaRunner:
         began, done = self._events[index]
         first_word = index * self._ring_words
         words = self._ring_on_host[first_word : first_word + self._ring_words]
-        step = _Step(began, done, words, self._first, first_word, self._device.is_lost)
+        step = LaunchedStep(began, done, words, self._first, first_word, self._device.is_lost)
         try:
             if before is not None:
                 before.settle()
@@ -282,7 +190,7 @@ class CudaRunner:
             self._extras.set_row(setup)
         state.inbox.send()
 
-    def _compute(self, chunks: Sequence[Chunk], masks: Mapping[int, Mask], step: _Step) -> None:
+    def _compute(self, chunks: Sequence[Chunk], masks: Mapping[int, Mask], step: LaunchedStep) -> None:
         """The chunks together; in two halves, or more, where memory does not suffice."""
         pending = cut(chunks, self._token_limit)
         while pending:
@@ -303,7 +211,7 @@ class CudaRunner:
         if self._clean_steps >= _CLEAN_STEPS and self._token_limit < self._most_tokens:
             self._clean_steps, self._token_limit = 0, min(2 * self._token_limit, self._most_tokens)
 
-    def _compute_part(self, chunks: Sequence[Chunk], masks: Mapping[int, Mask], step: _Step) -> None:
+    def _compute_part(self, chunks: Sequence[Chunk], masks: Mapping[int, Mask], step: LaunchedStep) -> None:
         # Behind whatever still reads it: the stream has been given that before.
         self._state.inbox.clear()
         fields = [(chunk.row, chunk.start, chunk.count, chunk.samples) for chunk in chunks]
@@ -318,14 +226,14 @@ class CudaRunner:
             self._launch_decodes(rows_S, starts_S, extras, step.places)
         else:
             self._launch_chunks(rows_S, starts_S, counts_S, sampling, extras, scores, step.places)
-        step.parts.append(_Part(len(sampling), extras, scores))
+        step.parts.append(Part(len(sampling), extras, scores))
 
     def _launch_decodes(
         self,
         rows_S: npt.NDArray[np.int32],
         starts_S: npt.NDArray[np.int32],
         extras: Extras | None,
-        places: _Places,
+        places: Places,
     ) -> None:
         state = self._state
         size = self._graphs.bucket(len(rows_S))
@@ -415,7 +323,7 @@ class CudaRunner:
         sampling: npt.NDArray[np.int64],
         extras: Extras | None,
         scores: Scores,
-        places: _Places,
+        places: Places,
     ) -> None:
         put = self._state.inbox.put
         ends_S = starts_S + counts_S

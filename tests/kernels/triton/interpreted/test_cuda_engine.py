@@ -18,9 +18,9 @@ from tidegate.engine.build import build_engine, compose
 from tidegate.engine.config import ConfigError
 from tidegate.engine.core import EngineCore
 from tidegate.engine.messages import PositionLogprobs
-from tidegate.engine.model import cuda_runner
 from tidegate.engine.model.cuda_decoder import CudaDecoder
 from tidegate.engine.model.cuda_inbox import Inbox
+from tidegate.engine.model.cuda_results import LaunchedStep
 from tidegate.engine.request import Request, SamplingParams
 from tidegate.engine.step import DeviceLost
 
@@ -107,7 +107,7 @@ def assert_same_scores(got: list[PositionLogprobs], expected: list[PositionLogpr
 
 def test_a_result_read_before_its_step_has_ended_is_caught(folder, monkeypatch):
     """With the wait taken out, what the host finds in the ring is no token."""
-    monkeypatch.setattr(cuda_runner._Step, "result", lambda step: step._read(0.0))
+    monkeypatch.setattr(LaunchedStep, "result", lambda step: step._read(0.0))
     core = cuda_engine(folder, FakeCuda(0, lazy=True), **OPTIONS)
     request = Request(id="r", prompt_token_ids=[9, 8], params=SamplingParams(max_tokens=1), seed=1)
     tokens = drive(core, [request]).tokens["r", 0]
