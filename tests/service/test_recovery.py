@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tidegate.engine.client import EngineGone
 from tidegate.engine.messages import Pause, Place, Submit
-from tidegate.engine.request import Request
+from tidegate.engine.request import Request, StructuredOutput
 from tidegate.v1 import admin_pb2, admin_pb2_grpc, events_pb2
 
 RECOVERED = events_pb2.PROGRESS_KIND_RECOVERED
@@ -135,6 +135,21 @@ async def test_every_choice_goes_on_behind_its_own_tokens_and_one_that_ended_sta
     for choice in (1, 2):
         assert outage.session.text("r", choice) == texts[choice][:70]
     assert outage.session.text("r", 0) == texts[0][: texts[0].index(stop)]
+
+
+async def test_the_next_engine_is_told_what_the_output_must_be_like(outage: Outage) -> None:
+    form = {"regex": "[a-z]+"}
+    await outage.start("r", tokens=60, sampling={"n": 2, "structured_output": form, "bad_words": ["kite"]})
+    await outage.has_tokens("r", 6)
+    await outage.kill_and_come_back()
+    await outage.end("r")
+    first, again = outage.requests()
+    assert first.params.structured_output == StructuredOutput(regex="[a-z]+")
+    assert again.params == first.params
+    assert again.choices is not None
+    assert sum(map(len, again.choices.values())) >= 6
+    for choice in range(2):
+        assert outage.session.text("r", choice) == outage.engine.expected("tide", 60, choice)
 
 
 async def test_a_request_whose_end_was_decided_ends_without_another_engine(outage: Outage) -> None:

@@ -3,6 +3,7 @@
 Its tokens are those of the CPU's engine, whatever the order in which the device does its work.
 """
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ import torch
 from checkpoints import make_checkpoint
 from drive import config_for, drive, preempting_every
 from fake_cuda import UNWRITTEN, FakeCuda
+from tokenizers import Tokenizer
 
 from tidegate.engine import cuda
 from tidegate.engine.build import build_engine, compose
@@ -21,10 +23,11 @@ from tidegate.engine.messages import PositionLogprobs
 from tidegate.engine.model.cuda_decoder import CudaDecoder
 from tidegate.engine.model.cuda_inbox import Inbox
 from tidegate.engine.model.cuda_results import LaunchedStep
-from tidegate.engine.request import Request, SamplingParams
+from tidegate.engine.request import Request, SamplingParams, StructuredOutput
 from tidegate.engine.step import DeviceLost
 
 MAX_LEN = 96
+REGEX = "(ab|ba)[0-9]{3}(ab|ba)"
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +65,9 @@ def requests() -> list[Request]:
         SamplingParams(top_k=9, presence_penalty=0.5, frequency_penalty=0.3, max_tokens=5),
         msgspec.structs.replace(greedy, prompt_logprobs=2),
         SamplingParams(allowed_token_ids=(3, 31, 32, 90), presence_penalty=0.5, logprobs=1, max_tokens=6),
+        SamplingParams(structured_output=StructuredOutput(regex=REGEX), max_tokens=9),
     ]
-    prompts = [[9, 8, 7], prefix, [*prefix, 33, 44], [3], [*prefix, 33, 44, 55], [4, 5]]
+    prompts = [[9, 8, 7], prefix, [*prefix, 33, 44], [3], [*prefix, 33, 44, 55], [4, 5], [6]]
     pairs = zip(prompts, asks, strict=True)
     return [
         Request(id=f"r{i}", prompt_token_ids=prompt, params=params, seed=i)
@@ -92,6 +96,8 @@ def test_its_tokens_are_those_of_the_cpu(folder, seed):
     core.close()
     assert got.tokens == expected.tokens
     assert set(got.tokens["r5", 0]) <= {3, 31, 32, 90}
+    written = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(got.tokens["r6", 0])
+    assert re.fullmatch(REGEX, written)
     assert swapped > 0
     assert_same_scores(got.prompt_logprobs["r4"], expected.prompt_logprobs["r4"])
 
