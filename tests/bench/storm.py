@@ -51,9 +51,9 @@ def measure(args: argparse.Namespace, runs: Runs) -> None:
         # The first engine of a process pays for things that the others find done.
         _tidegate(args, "auto")
     for round_number in range(done, done + args.rounds):
-        # Each begins in its turn, so that neither the place in a round nor a machine that slows down tells.
-        first = round_number % len(variants)
-        for name in (*variants[first:], *variants[:first]):
+        # In any order, so that neither the place in a round nor the one before it nor a machine that slows
+        # down tells.
+        for name in random.Random(round_number).sample(variants, len(variants)):
             once = _vllm if name == "vllm" else _tidegate
             runs.setdefault(name, []).append(once(args, name))
 
