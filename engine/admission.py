@@ -116,25 +116,24 @@ class Admission:
         return frozenset(token_ids) | (frozenset() if request.params.ignore_eos else self._eos)
 
     def take_constraints(self) -> list[Sequence]:
-        """Let those go on whose constraints were made meanwhile, or refuse them.
-
-        The rest, whose output was a whole sentence when it came, are returned: to be ended.
-        """
-        complete = []
+        """Let those go on whose constraints were made meanwhile, and return them; or refuse them."""
+        made = []
         for request, constraints, violations in self._constraints.take_made():
             choices = [seq for seq in self._roster.requests.get(request.id, ()) if seq.request is request]
             if choices and violations:
                 self._refuse(choices, violations)
                 continue
             for seq in choices:
-                seq.constraint, seq.awaits_constraint = constraints[seq.choice], False
+                constraint = seq.constraint = constraints[seq.choice]
+                seq.awaits_constraint = False
+                if seq.stop_ids != self.stop_ids(request, request.params.stop_token_ids):
+                    constraint.stop_at(seq.stop_ids)
             for seq in choices:
-                if seq.constraint is not None and seq.constraint.is_complete:
-                    complete.append(seq)
-                elif seq in self._roster.idle and seq.may_sample:
+                if seq in self._roster.idle and seq.may_sample:
                     self._roster.leave(seq)
                     self._eviction.place(seq)
-        return complete
+            made += choices
+        return made
 
     def _refuse(self, choices: list[Sequence], violations: list[Violation]) -> None:
         """All choices of a request of which nothing has run."""

@@ -30,6 +30,10 @@ def allowed_tokens(mask: Mask, vocab_size: int) -> npt.NDArray[np.bool_]:
     return np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
 
 
+def _holds(mask: Mask, token_id: int) -> bool:
+    return bool(mask[token_id // 32] >> (token_id % 32) & 1)
+
+
 class DeadEnd(Exception):
     """The choice cannot go on; ``reason`` in UPPER_SNAKE."""
 
@@ -50,6 +54,12 @@ class Endings:
     """What may stand behind a whole sentence: ``eos`` unless it is ignored, stop tokens that are no text."""
     stops: Mask
     """What may not come before ``min_tokens``."""
+
+    @classmethod
+    def of(cls, special: Mask, eos: Mask, stop_ids: Iterable[int]) -> "Endings":
+        """``stop_ids``: tokens that end the choice, the model's own among them unless they are ignored."""
+        stops = mask_of(stop_ids, 32 * len(special))
+        return cls(special=special, eos=eos, ends=stops & special, stops=stops)
 
 
 class Constraint:
@@ -92,6 +102,16 @@ class Constraint:
         """Whether an automaton has given up, for its limits or for a token that it did not allow."""
         return any(automaton.is_error() for automaton in self.automata)
 
+    def has_allowed(self, token_ids: Sequence[int]) -> bool:
+        """Whether ``allowed_token_ids`` hold all of these."""
+        allowed = self._allowed
+        return allowed is None or all(_holds(allowed, token_id) for token_id in token_ids)
+
+    def stop_at(self, stop_ids: Iterable[int]) -> None:
+        """From here on these tokens end the choice, and the mask is void."""
+        self._endings = Endings.of(self._endings.special, self._endings.eos, stop_ids)
+        self.is_due = True
+
     def advance(self, token_id: int) -> None:
         """The next token of the output."""
         self._num_output += 1
@@ -99,7 +119,7 @@ class Constraint:
         if self._sentence is not None:
             self._sentence.consume_token(token_id)
             self.is_complete = self._sentence.is_stopped() and not self._sentence.is_error()
-        if self._text is not None and not self._is_special(token_id):
+        if self._text is not None and not _holds(self._endings.special, token_id):
             self._text.consume_token(token_id)
 
     def settle(self, masks_NW: npt.NDArray[np.int32]) -> None:
@@ -122,9 +142,6 @@ class Constraint:
         left = mask & ~endings.stops if self._num_output < self._min_tokens else mask
         if not (self.is_complete or left.any()):
             raise DeadEnd("NO_TOKEN_ALLOWED")
-
-    def _is_special(self, token_id: int) -> bool:
-        return bool(self._endings.special[token_id // 32] >> (token_id % 32) & 1)
 
 
 def compute_masks(

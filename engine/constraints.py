@@ -1,7 +1,7 @@
 """Makes the constraints of requests ready, on threads beside the engine's, and computes their masks."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,8 @@ import structlog
 from llguidance import LLExecutor
 
 from tidegate.engine.constraint import Constraint, DeadEnd, Endings, compute_masks, mask_of
-from tidegate.engine.grammar import STACK_BYTES, Grammars
+from tidegate.engine.grammar import Grammars
+from tidegate.engine.grammar_trial import STACK_BYTES
 from tidegate.engine.request import InvalidRequest, Request, SamplingParams, Violation
 
 THREADS = 2
@@ -45,6 +46,11 @@ class Constraints:
 
     def begin(self, request: Request) -> None:
         """Make the constraints of a request that has some; they come by ``take_made``."""
+        params = request.params
+        if params.structured_output is None and not params.bad_words:
+            # At once: nothing to compile, and not behind those who have.
+            self._making[_done(self._make, request)] = request
+            return
         # It counts for threads that start meanwhile: there is no other way to say it.
         usual = threading.stack_size(STACK_BYTES)
         try:
@@ -52,6 +58,12 @@ class Constraints:
         finally:
             threading.stack_size(usual)
         self._making[future] = request
+
+    def drop(self, request: Request) -> None:
+        """It has ended. What is being compiled for it goes on to its end, and nobody hears of it."""
+        for future in [future for future, of in self._making.items() if of is request]:
+            future.cancel()
+            del self._making[future]
 
     @property
     def is_making(self) -> bool:
@@ -70,7 +82,8 @@ class Constraints:
         return compute_masks(constraints, self._executor, self._vocab_size)
 
     def close(self) -> None:
-        """Wait for what is being made, and end the threads."""
+        """End the trials of grammars, which nothing else takes long for, and then the threads."""
+        self._grammars.close()
         self._threads.shutdown(cancel_futures=True)
 
     def _result(self, future: Future[dict[int, Constraint]]) -> Made:
@@ -111,7 +124,7 @@ class Constraints:
             )
             for token_id in output:
                 constraint.advance(token_id)
-            if constraint.is_broken:
+            if constraint.is_broken or not constraint.has_allowed(output):
                 description = "are not what the constraints of the output allow"
                 raise InvalidRequest([Violation("output_token_ids", description)])
         for end in self.compute_masks(list(constraints.values())):
@@ -120,14 +133,20 @@ class Constraints:
         return constraints
 
     def _endings(self, params: SamplingParams, special: Sequence[int]) -> Endings:
-        size, eos = self._vocab_size, self._eos_token_ids
+        eos = self._eos_token_ids
         stops = params.stop_token_ids + (() if params.ignore_eos else eos)
-        return Endings(
-            special=mask_of(special, size),
-            eos=mask_of(eos, size),
-            ends=mask_of(set(stops) & set(special), size),
-            stops=mask_of(stops, size),
-        )
+        return Endings.of(mask_of(special, self._vocab_size), mask_of(eos, self._vocab_size), stops)
+
+
+def _done(
+    make: Callable[[Request], dict[int, Constraint]], request: Request
+) -> Future[dict[int, Constraint]]:
+    future: Future[dict[int, Constraint]] = Future()
+    try:
+        future.set_result(make(request))
+    except InvalidRequest as invalid:
+        future.set_exception(invalid)
+    return future
 
 
 def _field(params: SamplingParams) -> str:

@@ -1,7 +1,7 @@
 """Grammars as llguidance compiles them, over the tokens of a checkpoint's tokenizer.
 
-Their texts come from clients. llguidance bounds its work by counts; what it does recursively is bounded by
-the length of the text, and wants a thread with room for that (``STACK_BYTES``). Nothing of a text is logged.
+Their texts come from clients: each is tried in a process of its own before it is compiled here, on a thread
+with ``STACK_BYTES``. Nothing of a text is logged.
 """
 
 import json
@@ -11,18 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
+from tidegate.engine.grammar_trial import LIMITS
+from tidegate.engine.grammar_trials import GrammarTrials
 from tidegate.engine.request import InvalidRequest, StructuredOutput, Violation
 
-STACK_BYTES = 2**28
-"""Of a thread that compiles; only what is used of it becomes memory. With the usual 8 MiB a chain of 4000
-rules ended the process."""
 MAX_MESSAGE_CHARS = 300
 """Of what is said of a grammar: it may quote all of it."""
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,16}"
 """Between the parts of a JSON value: enough for any layout, and no sentence that is whitespace for ever."""
-_LIMITS = LLParserLimits(verbose_errors=False)
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +37,11 @@ class Grammars:
         self._loading = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._special: list[int] = []
+        self._trials = GrammarTrials()
+
+    def close(self) -> None:
+        """End the trials under way; what they try is refused."""
+        self._trials.close()
 
     def special_token_ids(self) -> list[int]:
         """Those that are no text, the model's end-of-sequence tokens included. Raises ``ValueError``."""
@@ -69,9 +72,12 @@ class Grammars:
 
     def _compile(self, source: str, field: str) -> LLMatcher:
         try:
-            matcher = LLMatcher(self._load(), source, log_level=0, limits=_LIMITS)
+            tokenizer = self._load()
         except ValueError as error:
             raise _invalid(field, f"needs a tokenizer.json that can be used: {error}") from error
+        if (fault := self._trials.fault(source)) is not None:
+            raise _invalid(field, fault)
+        matcher = LLMatcher(tokenizer, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise _invalid(field, matcher.get_error())
         return matcher
@@ -95,8 +101,8 @@ class Grammars:
 
 
 def _any_of(words: Sequence[str]) -> str:
-    """An alternative of literals; they are written as in JSON."""
-    return " | ".join(json.dumps(word, ensure_ascii=False) for word in words)
+    """An alternative of literals; written as in JSON, but for a character that Lark wants escaped."""
+    return " | ".join(json.dumps(word, ensure_ascii=False).replace("\x7f", r"\u007f") for word in words)
 
 
 def _invalid(field: str, message: str) -> InvalidRequest:

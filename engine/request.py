@@ -22,7 +22,7 @@ MAX_BAD_WORD_CHARS = 64
 MAX_SCHEMA_CHARS = 2**15
 MAX_GRAMMAR_CHARS = 2**14
 MAX_REGEX_CHARS = 2**12
-"""The worst that can be written in so many takes a second or three to compile, in a thread of its own."""
+"""No bound on what it takes to compile them, which ``engine.grammar_trial`` sets."""
 MAX_OUTPUT_CHOICES = 2**10
 MAX_OUTPUT_CHOICE_CHARS = 2**8
 SEED_RANGE = 2**64

@@ -131,6 +131,9 @@ class Scheduler:
         for seq in self._choices(command.request_id):
             if command.stop_token_ids is not None:
                 seq.stop_ids = self._admission.stop_ids(seq.request, command.stop_token_ids)
+                if seq.constraint is not None:
+                    seq.constraint.stop_at(seq.stop_ids)
+                    self._settle_constraints([seq])
             if command.max_tokens is not None:
                 most = self._limits.max_model_len - seq.num_prompt
                 seq.max_output = max(seq.max_output, min(most, command.max_tokens))
@@ -171,8 +174,7 @@ class Scheduler:
         self._eviction.note_truncated()
         self._eviction.timers.run_due(self._now())
         self._eviction.announce_parked()
-        for seq in self._admission.take_constraints():
-            self._finish(seq, FinishReason.GRAMMAR_COMPLETE)
+        self._settle_constraints(self._admission.take_constraints())
         step = ScheduledStep(StepPlan(self._eviction.step_id + 1), [])
         self._short_of_room = -math.inf
         if not self._plan_suspect(step):
@@ -200,7 +202,7 @@ class Scheduler:
             scored = [] if chunk.scored is None else list(islice(scores, len(chunk.scored.token_ids)))
             if seq.generation == generation:
                 self._take(seq, chunk, sample, scored)
-        self._compute_masks([seq for seq, _ in step.members])
+        self._settle_constraints([seq for seq, _ in step.members])
         self._manager.flush()
 
     def fail(self, step: ScheduledStep, error: Exception) -> None:
@@ -434,20 +436,18 @@ class Scheduler:
 
     # What may come next
 
-    def _compute_masks(self, sequences: list[Sequence]) -> None:
-        """For the next step; those that run into an end have it here."""
-        due = [
-            (seq, seq.constraint)
-            for seq in sequences
-            if seq.constraint is not None and seq.constraint.is_due and not seq.has_ended
+    def _settle_constraints(self, sequences: list[Sequence]) -> None:
+        """Compute the masks that are due; those that run into an end, or are a whole sentence, end here."""
+        constrained = [
+            (seq, seq.constraint) for seq in sequences if seq.constraint is not None and not seq.has_ended
         ]
-        if not due:
-            return
-        ends = self._constraints.compute_masks([constraint for _, constraint in due])
-        for (seq, constraint), end in zip(due, ends, strict=True):
+        due = [(seq, constraint) for seq, constraint in constrained if constraint.is_due]
+        ends = self._constraints.compute_masks([constraint for _, constraint in due]) if due else []
+        for (seq, _), end in zip(due, ends, strict=True):
             if end is not None:
                 self._finish(seq, FinishReason.ERROR, error=end.reason)
-            elif constraint.is_complete:
+        for seq, constraint in constrained:
+            if constraint.is_complete and not seq.has_ended:
                 self._finish(seq, FinishReason.GRAMMAR_COMPLETE)
 
     # Ending
@@ -465,6 +465,10 @@ class Scheduler:
         """The one end of a sequence: its blocks go, its last word is queued, later results are dropped."""
         self._roster.leave(seq)
         seq.generation += 1
+        if seq.awaits_constraint:
+            seq.awaits_constraint = False
+            if not any(other.awaits_constraint for other in self._choices(seq.request.id)):
+                self._constraints.drop(seq.request)
         self._release_siblings(seq)
         if seq.request.is_leased and error is None and seq.table.num_tokens:
             self._eviction.lease(seq)

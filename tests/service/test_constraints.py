@@ -103,7 +103,7 @@ async def test_a_grammar_that_meets_its_limits_ends_its_request(
     client: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So few states are enough to begin with, not to go on."""
-    monkeypatch.setattr(grammar, "_LIMITS", LLParserLimits(verbose_errors=False, max_lexer_states=60))
+    monkeypatch.setattr(grammar, "LIMITS", LLParserLimits(verbose_errors=False, max_lexer_states=60))
     with pytest.raises(Overloaded) as error:
         await client.generate_unary("Once", structured_output={"regex": "[a-z ]{150}"})
     assert error.value.reason == "GRAMMAR_TOO_COMPLEX"
