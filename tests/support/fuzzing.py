@@ -17,6 +17,27 @@ TEXTS = ["", "a", "the tide", "é\x00\n", "\U0001f30a\U0001f30a", "<|im_end|>", 
 SMALL = [0, 1, 2, 3, 7, 40, 255, 287, 288]
 LARGE = {32: [2**31 - 1, 2**32 - 1], 64: [2**31, 2**63 - 1, 2**64 - 1]}
 DOUBLES = [0.0, 1.0, -1.0, 0.5, 2.0, 1e-300, 1e308, float("nan"), float("inf"), float("-inf")]
+CONSTRAINTS: list[dict[str, Any]] = [
+    {"prompt_logprobs": 2},
+    {"logit_bias": {7: 5.0}},
+    {"allowed_token_ids": [7, 40]},
+    {"allowed_token_ids": [10**6]},
+    {"bad_words": ["a", "the tide"]},
+    {"bad_words": [""]},
+    {"structured_output": {"json_schema": '{"type": "object", "properties": {"a": {"type": "boolean"}}}'}},
+    {"structured_output": {"json_schema": '{"type": "no type"}'}},
+    {"structured_output": {"json_schema": "{"}},
+    {"structured_output": {"regex": "(ab|\\d){1,3}"}},
+    {"structured_output": {"regex": "(a"}},
+    {"structured_output": {"grammar": 'start: "a" start | "b"'}},
+    {"structured_output": {"grammar": "start: other"}},
+    {"structured_output": {"choices": {"values": ["a", "the tide", "\U0001f30a"]}}},
+    {"structured_output": {"choices": {}}},
+    {"structured_output": {"choices": {"values": ["a"]}}, "bad_words": ["a"]},
+    {"structured_output": {"regex": "the.*"}, "allowed_token_ids": [7]},
+    {"structured_output": {"choices": {"values": ["aa"]}}, "bad_words": ["aa"]},
+]
+"""Of the output; some of them are none, and the last three contradict themselves."""
 
 _F = FieldDescriptor
 UNSIGNED = {_F.CPPTYPE_UINT32: 32, _F.CPPTYPE_UINT64: 64}
@@ -110,7 +131,7 @@ class Fuzzer:
             "max_tokens": rng.randrange(1, 5),
             "temperature": rng.choice([0, 0.7]),
             "ignore_eos": True,
-            **rng.choice([{}, {}, {"prompt_logprobs": 2}, {"logit_bias": {7: 5.0}}]),
+            **(rng.choice(CONSTRAINTS) if rng.random() < 0.5 else {}),
         }
         return {"prompt": {"text": rng.choice(TEXTS[1:])}, "sampling": sampling}
 
