@@ -33,6 +33,7 @@ FEATURES = (
     "completions",
     "responses",
     "sampling",
+    "json_schema",
     "two_at_once",
     "logprobs",
     "errors",
