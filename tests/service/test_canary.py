@@ -62,6 +62,25 @@ async def invalid_beside_it(front: Front, text: str) -> str:
     return await told(front.inference.GenerateUnary(request(text, sampling={"top_p": 7, "stop": [text, ""]})))
 
 
+async def constraints_of_what_fails(front: Front, text: str) -> str:
+    constraints = {"structured_output": {"grammar": f'start: "{text}"'}, "bad_words": [text]}
+    return await told(front.inference.GenerateUnary(request(POISON, sampling=constraints)))
+
+
+async def constraints_that_are_none(front: Front, text: str) -> str:
+    constraints = {"structured_output": {"choices": {"values": [text, ""]}}, "bad_words": [text, ""]}
+    return await told(front.inference.GenerateUnary(request("x", sampling=constraints)))
+
+
+async def a_schema_in_anothers_protocol(front: Front, text: str) -> str:
+    infer = grpc_service_pb2.ModelInferRequest(model_name="fake")
+    infer.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"x")
+    sampling = infer.inputs.add(name="sampling_parameters", datatype="BYTES", shape=[1])
+    sampling.contents.bytes_contents.append(f'{{"structured_output": {{"{text}": 1}}}}'.encode())
+    stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(front.channel)
+    return await told(stub.ModelInfer(infer))
+
+
 async def too_long(front: Front, text: str) -> str:
     return await told(front.inference.GenerateUnary(request(text * 200)))
 
@@ -128,6 +147,9 @@ async def wrong_in_anothers_protocol(front: Front, text: str) -> str:
 WAYS: list[Way] = [
     computed_to_nan,
     invalid_beside_it,
+    constraints_of_what_fails,
+    constraints_that_are_none,
+    a_schema_in_anothers_protocol,
     too_long,
     another_model,
     a_reader_that_breaks,
