@@ -215,12 +215,10 @@ class Generation:
 
     def abandon(self) -> None:
         """The client is gone: nobody listens to the end."""
-        if self._end():
-            self._finish_in_engine(FinishReason.CANCELLED)
+        self._break_off()
 
     def fail(self, failure: Failure) -> None:
-        if self._end(Failed(self.request_id, failure)):
-            self._finish_in_engine(FinishReason.CANCELLED)
+        self._break_off(Failed(self.request_id, failure))
 
     # When the engine dies and another one comes.
 
@@ -448,10 +446,17 @@ class Generation:
         )
         self._end(Finished(self.request_id, ends, self._usage, timings))
 
-    def _end(self, end: Finished | Failed | None = None) -> bool:
-        """The one way into the end. True for the first caller alone, whose end it is."""
+    def _break_off(self, end: Failed | None = None) -> None:
+        """End it while the engine may still be at it."""
+        if not self.is_ended:
+            # Before the end gives back a lease: what the engine ends behind that, it would keep for ever.
+            self._finish_in_engine(FinishReason.CANCELLED)
+            self._end(end)
+
+    def _end(self, end: Finished | Failed | None) -> None:
+        """The one way into the end; the first is the one that counts."""
         if self.is_ended:
-            return False
+            return
         self.is_ended = True
         self.end = end
         if self._timer is not None:
@@ -461,7 +466,6 @@ class Generation:
             self._content_is_known.set()
         self._output.close(end)
         self._on_end(self)
-        return True
 
     def _finish_in_engine(self, reason: FinishReason, choice: Choice | None = None) -> None:
         """Tell the engine to end a choice at the last token that counts, or all where they stand."""

@@ -10,10 +10,11 @@ from fake_engine import EOS, MAX_MODEL_LEN, byte_text
 from front import Front, SessionClient, open_session, read_status, until
 from google.protobuf.duration_pb2 import Duration
 
-from tidegate.engine.messages import Release, Submit, Update
-from tidegate.engine.request import Parent, Request
+from tidegate.engine.messages import Finish, Release, Submit, Update
+from tidegate.engine.request import FinishReason, Parent, Request
 from tidegate.engine.text import Text
 from tidegate.service import leases
+from tidegate.service.generation import Generation
 from tidegate.service.leases import Leases
 
 Start = Callable[..., Any]
@@ -189,6 +190,33 @@ async def test_a_lease_ends_with_its_time(start_front: Start) -> None:
     turn = {"request_id": "late", "parent_request_id": "short", "input": {"text": "x"}}
     await session.send(append_turn=turn)
     assert (await refusal(session))[2] == "PARENT_GONE"
+
+
+async def test_a_request_that_fails_here_ends_in_the_engine_before_its_lease_does(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other way round the engine would lease what it ends, and nobody would give that back."""
+    monkeypatch.setattr(Generation, "on_delta", lambda *_: 1 / 0)
+    session = await open_session(front)
+    await session.send(start=start("broken", lease=LEASE, sampling={"n": 2}))
+    await session.next("request_error")
+    (request,) = requests(front)
+    await until(lambda: front.engine.sent(Release))
+    ends = [c for c in front.engine.commands if isinstance(c, Finish | Release)]
+    assert ends == [Finish(request.id, FinishReason.CANCELLED), Release([request.id])]
+
+
+async def test_a_request_that_nobody_hears_ends_in_the_engine_before_its_lease_does(
+    start_front: Start,
+) -> None:
+    front = await start_front(step_seconds=0.05)
+    session = await open_session(front)
+    await session.send(start=start("left", lease=LEASE, max_tokens=100))
+    await session.next("admitted")
+    front.server._hub.find("local", "left").abandon()
+    (request,) = requests(front)
+    ends = [c for c in front.engine.commands if isinstance(c, Finish | Release)]
+    assert ends == [Finish(request.id, FinishReason.CANCELLED), Release([request.id])]
 
 
 async def test_beyond_its_quota_a_tenants_oldest_kv_goes_and_its_transcript_stays(front: Front) -> None:
